@@ -1,0 +1,196 @@
+"""The chunked forward: one scan over the chunks that runs the four stages and carries the state."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import checks, chunking
+from .chunk_delta_h import delta_h
+from .chunk_intra import intra
+from .chunk_o import combine_o
+from .gate import RCP_LN2, Activations, activate
+from .wy_fast import recompute_w_u
+
+
+class ChunkKDAForward(NamedTuple):
+    """The tensors of FLA's chunked forward, in FLA's order; None where they were not asked for."""
+
+    o: jax.Array  # [B, T, HV, V]
+    final_state: jax.Array | None  # [N, HV, K, V]
+    g: jax.Array | None  # [B, T, HV, K]  chunk-local cumulative sum of the log decays, log2
+    Aqk: jax.Array | None  # [B, T, HV, C]  row i of its chunk's matrix at token i
+    Akk: jax.Array | None  # [B, T, HV, C]
+    w: jax.Array | None  # [B, T, HV, K]
+    u: jax.Array | None  # [B, T, HV, V]
+    qg: jax.Array | None  # [B, T, HV, K]
+    kg: jax.Array | None  # [B, T, HV, K]
+    v_new: jax.Array | None  # [B, T, HV, V]
+    h: jax.Array | None  # [B, NT, HV, K, V]  the state that enters each chunk
+    initial_state: jax.Array | None  # as it came
+
+
+def chunk_kda_fwd(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    state_v_first=False,
+    cu_seqlens=None,
+    chunk_indices=None,
+    chunk_size=64,
+    safe_gate=False,
+    lower_bound=None,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
+    disable_recompute=False,
+    return_intermediate_states=False,
+):
+    """The chunked KDA forward with every tensor that its four stages make.
+
+        Aqk, Akk     the causal scores of a chunk, the inverse of its delta-rule system    stage 1
+        w, u         w = Akk (beta k D(i<-0)), u = Akk (beta v)                            stage 2
+        v_new, h     v_new = u - w S, S <- D(C<-0) S + kg^T v_new; h is S on entry         stage 3
+        o            o = scale * qg S + Aqk v_new                                          stage 4
+
+    with qg = q D(i<-0), kg = k D(C<-j), and D the decay over a token range.
+
+    Args:
+        q, k: [B, T, H, K]; float64, float32, bfloat16 or float16, one dtype for q, k and v.
+        v: [B, T, HV, V]; HV = G * H, value head h reads q/k head h // G.
+        g: [B, T, HV, K], log decay in nats, <= 0 (-inf is a reset); raw with `use_gate_in_kernel`.
+        beta: [B, T, HV].
+        scale: a number; None is K ** -0.5.
+        initial_state: [N, HV, K, V], or None for zeros; N is the number of sequences (B when dense).
+        output_final_state: whether to return the final state.
+        state_v_first: states are [..., V, K] in `initial_state`, `final_state` and `h`.
+        cu_seqlens: integer [N + 1]; packs N sequences into B = 1, sequence n in tokens
+            [cu_seqlens[n], cu_seqlens[n + 1]). Tokens from cu_seqlens[N] on are padding.
+        chunk_indices: integer [NT, 2] of `prepare_chunk_indices`; makes NT exact under `jit`, where it
+            is (T + N * (C - 1)) // C otherwise.
+        chunk_size: C, one of 16, 32, 64, 128.
+        safe_gate: accepted for FLA's sake and held to its rules; this forward is safe for all gates.
+        lower_bound: with `use_gate_in_kernel`, g <- lower_bound * sigmoid(exp(A_log) (g + dt_bias)).
+        use_gate_in_kernel: g <- -exp(A_log) * softplus(g + dt_bias), unless `lower_bound` is given.
+        A_log: [HV], for the gate; may be None beside `lower_bound`.
+        dt_bias: [HV * K] or None, for the gate.
+        disable_recompute: return w, u, qg, kg, v_new, h, and g also of an in-kernel gate.
+        return_intermediate_states: return h.
+
+    Returns:
+        `ChunkKDAForward`. o has v's dtype and is zero at padding; everything else has the arithmetic's
+        dtype, promote_types(q.dtype, float32), and is zero where no sequence has a token or a chunk.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.chunk_fwd.chunk_kda_fwd`.
+    """
+    fields = ("o", "Aqk", "Akk")
+    if disable_recompute or not use_gate_in_kernel:
+        fields += ("g",)
+    if disable_recompute:
+        fields += ("w", "u", "qg", "kg", "v_new")
+    if disable_recompute or return_intermediate_states:
+        fields += ("h",)
+    checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
+    final_state, made = forward(
+        *(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens, chunk_indices, chunk_size),
+        *(A_log, dt_bias, Activations(gate=use_gate_in_kernel, lower_bound=lower_bound), fields),
+    )
+    made["final_state"] = final_state if output_final_state else None
+    made["initial_state"] = initial_state
+    return ChunkKDAForward(**{field: made.get(field) for field in ChunkKDAForward._fields})
+
+
+def forward(
+    q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens, chunk_indices, chunk_size,
+    A_log, dt_bias, activations, fields,
+):  # fmt: skip
+    """(final_state, {field: tensor}) of checked arguments: what `chunk_kda_fwd` and `chunk_kda` share."""
+    scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
+    checks.chunks(chunk_size, cu_seqlens, chunk_indices, q.shape[1])
+    NT = chunking.num_chunks(q.shape[1], cu_seqlens, chunk_indices, chunk_size)
+    final_state, made = scan_chunks(
+        q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
+        NT=NT, C=chunk_size, scale=scale, state_v_first=state_v_first, activations=activations, fields=fields,
+    )  # fmt: skip
+    if "h" in made and cu_seqlens is not None and not isinstance(cu_seqlens, jax.core.Tracer):
+        made["h"] = made["h"][:, : len(chunking.prepare_chunk_indices(cu_seqlens, chunk_size))]
+    return final_state, made
+
+
+@partial(jax.jit, static_argnames=("NT", "C", "scale", "state_v_first", "activations", "fields"))
+def scan_chunks(
+    q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
+    *, NT, C, scale, state_v_first, activations, fields,
+):  # fmt: skip
+    """The scan over NT chunks: reads a chunk, runs the stages on it, writes what `fields` names."""
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    packed = cu_seqlens is not None
+    chunks = chunking.chunk_table(cu_seqlens if packed else jnp.array([0, T]), NT, C)
+    inputs = [chunking.pad_tokens(x, C) for x in (q, k, v, g, beta)]
+    swap = partial(jnp.swapaxes, axis1=-1, axis2=-2) if state_v_first else lambda state: state
+
+    # The state of every sequence so far: of one sequence in each of B rows, or of N sequences in one row.
+    states = (cu_seqlens.shape[0] - 1, 1) if packed else (1, B)
+    if initial_state is None:
+        states = jnp.zeros((*states, H, HV // H, K, V), dtype)
+    else:
+        states = swap(initial_state).astype(dtype).reshape(*states, H, HV // H, K, V)
+
+    def compute(S, start, length):
+        q, k, v, g, beta = (chunking.cut(x, start, length, C).astype(dtype) for x in inputs)
+        q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations)
+        g = chunking.keep_rows(g, length)  # an activated gate is not 0 where there is no token
+        S, made = one_chunk(S, *(chunking.split_heads(x, H) for x in (q, k, v, g, beta)), scale)
+        return S, {field: chunking.merge_heads(made[field]).astype(buffers[field].dtype) for field in buffers}
+
+    def idle(S, start, length):
+        return S, {field: jnp.zeros_like(x[:, :C]) for field, x in buffers.items()}
+
+    def step(carry, chunk):
+        states, buffers = carry
+        n, start, length = chunk
+        S = lax.dynamic_index_in_dim(states, n, keepdims=False)
+        if packed:  # NT is a bound: skip the chunks that this packing does not need
+            S_next, rows = lax.cond(length > 0, compute, idle, S, start, length)
+        else:
+            S_next, rows = compute(S, start, length)
+        states = lax.dynamic_update_index_in_dim(states, S_next, n, axis=0)
+        buffers = {field: chunking.put(x, rows[field], start, length) for field, x in buffers.items()}
+        return (states, buffers), swap(jnp.where(length > 0, S, 0)) if "h" in fields else None
+
+    width = dict(o=V, g=K, Aqk=C, Akk=C, w=K, u=V, qg=K, kg=K, v_new=V)
+    buffers = {
+        field: jnp.zeros((B, inputs[0].shape[1], HV, width[field]), v.dtype if field == "o" else dtype)
+        for field in fields
+        if field != "h"
+    }
+    (states, made), h = lax.scan(step, (states, buffers), chunks)
+    made = {field: x[:, :T] for field, x in made.items()}
+    if "h" in fields:
+        made["h"] = jnp.moveaxis(h.reshape(NT, B, HV, *h.shape[-2:]), 0, 1)
+    return swap(states.reshape(-1, HV, K, V)), made
+
+
+def one_chunk(S, q, k, v, g, beta, scale):
+    """The four stages on one chunk: the state that leaves it, and everything they made on the way.
+
+    S [..., K, V], the state that enters; q, k, g [..., C, K]; v [..., C, V]; beta [..., C].
+    """
+    chunk = intra(q, k, jnp.exp(g), beta, scale)
+    w, u = recompute_w_u(chunk.Akk, chunk.k_in, v, beta)
+    v_new, S_next = delta_h(S, w, u, chunk.kg, chunk.decay)
+    o = combine_o(S, chunk.qg, chunk.Aqk, v_new, scale)
+    made = dict(o=o, Aqk=chunk.Aqk, Akk=chunk.Akk, w=w, u=u, qg=chunk.qg, kg=chunk.kg, v_new=v_new)
+    return S_next, made | dict(g=RCP_LN2 * jnp.cumsum(g, axis=-2))

@@ -1,0 +1,109 @@
+"""Sequences to chunks and back; the only place that knows packing.
+
+The token axis holds one or more sequences, each cut into chunks of C tokens from its own start, so that
+the last chunk of a sequence may be short. A dense batch is one sequence [0, T) in every row of B; a
+packed call is N sequences in one row. A chunk is read with the rows past its end selected away, and
+written without them: nothing of one sequence can reach another.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+class Chunks(NamedTuple):
+    """Where each chunk lies, int32 [NT] each. A length of 0 marks a chunk that no sequence needs."""
+
+    sequence: jax.Array
+    start: jax.Array
+    length: jax.Array
+
+
+def max_num_chunks(T, N, C):
+    """The most chunks that N sequences in T tokens can make."""
+    return (T + N * (C - 1)) // C
+
+
+def num_chunks(T, cu_seqlens, chunk_indices, C):
+    """How many chunks a scan needs: exact when dense or listed, else a bound that every packing keeps to."""
+    if cu_seqlens is None:
+        return max_num_chunks(T, 1, C)
+    return max_num_chunks(T, cu_seqlens.shape[0] - 1, C) if chunk_indices is None else chunk_indices.shape[0]
+
+
+def chunk_table(cu_seqlens, NT, C):
+    """`Chunks` of the sequences [cu_seqlens[n], cu_seqlens[n + 1]), in sequence order."""
+    cu_seqlens = cu_seqlens.astype(jnp.int32)
+    offsets = prepare_chunk_offsets(cu_seqlens, C)
+    index = jnp.arange(NT, dtype=jnp.int32)
+    sequence = jnp.searchsorted(offsets, index, side="right").astype(jnp.int32) - 1
+    sequence = jnp.minimum(sequence, cu_seqlens.shape[0] - 2)
+    start = cu_seqlens[sequence] + (index - offsets[sequence]) * C
+    return Chunks(sequence, start, jnp.clip(cu_seqlens[sequence + 1] - start, 0, C))
+
+
+def prepare_chunk_offsets(cu_seqlens, chunk_size):
+    """The index of each sequence's first chunk, and the number of chunks: [N + 1]."""
+    counts = -(-jnp.diff(cu_seqlens) // chunk_size)
+    return jnp.concatenate([jnp.zeros_like(counts[:1]), jnp.cumsum(counts, dtype=counts.dtype)])
+
+
+def prepare_chunk_indices(cu_seqlens, chunk_size):
+    """(sequence, chunk of the sequence) of every chunk, in sequence order: [NT, 2].
+
+    NT follows from the values of cu_seqlens, which must be concrete: not for use under `jit`.
+    """
+    counts = -(-np.diff(np.asarray(cu_seqlens)) // chunk_size)
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([sequence, np.arange(len(sequence)) - first], axis=1).astype(cu_seqlens.dtype)
+
+
+def pad_tokens(x, C):
+    """x [B, T, ...] with at least C tokens, so that a chunk can be sliced from it."""
+    return jnp.pad(x, [(0, 0), (0, max(0, C - x.shape[1]))] + [(0, 0)] * (x.ndim - 2))
+
+
+def cut(x, start, length, C):
+    """The chunk [start, start + length) of x [B, T, ...], zero up to C rows: [B, C, ...]."""
+    # A slice may not reach past the end of x: take the last C tokens there, and move them up.
+    begin = jnp.minimum(start, x.shape[1] - C)
+    rows = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
+    rows = jnp.take(rows, jnp.arange(C) + (start - begin), axis=1, mode="clip")
+    return keep_rows(rows, length)
+
+
+def keep_rows(rows, length):
+    """rows [B, C, ...] with those from `length` on selected away."""
+    return jnp.where(_over_rows(jnp.arange(rows.shape[1]) < length, rows), rows, 0)
+
+
+def put(x, rows, start, length):
+    """x [B, T, ...] with its tokens [start, start + length) replaced by the first rows of [B, C, ...]."""
+    C = rows.shape[1]
+    begin = jnp.minimum(start, x.shape[1] - C)
+    index = jnp.arange(C) - (start - begin)
+    rows = jnp.take(rows, index, axis=1, mode="clip")
+    inside = _over_rows((index >= 0) & (index < length), x)
+    old = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
+    return lax.dynamic_update_slice_in_dim(x, jnp.where(inside, rows, old), begin, axis=1)
+
+
+def _over_rows(mask, x):
+    """A mask over C rows, shaped to select from x [B, C, ...]."""
+    return mask.reshape(1, -1, *[1] * (x.ndim - 2))
+
+
+def split_heads(x, H):
+    """Token layout [B, C, HV, ...] to heads first, value heads grouped: [B, H, G, C, ...]."""
+    B, C, HV = x.shape[:3]
+    return jnp.moveaxis(x.reshape(B, C, H, HV // H, *x.shape[3:]), 1, 3)
+
+
+def merge_heads(x):
+    """`split_heads` undone: [B, H, G, C, ...] to [B, C, HV, ...]."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
