@@ -1,9 +1,11 @@
-"""Chunked Kimi Delta Attention (KDA), forward, in pure JAX: the reference for people who write KDA kernels."""
+"""Chunked Kimi Delta Attention (KDA) in pure JAX: the reference for people who write KDA kernels."""
 
+from . import checks, naive
 from .chunk import chunk_kda
 from .chunk_fwd import ChunkKDAForward, chunk_kda_fwd
 from .chunking import prepare_chunk_indices, prepare_chunk_offsets
-from .naive import naive_recurrent_kda
+
+naive_recurrent_kda = checks.guarded(naive.naive_recurrent_kda)
 
 __all__ = [
     "ChunkKDAForward",

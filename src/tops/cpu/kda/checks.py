@@ -4,6 +4,8 @@ Shapes, dtypes and flags are checked always, values where they are concrete. A m
 argument's name, what was expected with the actual numbers, and what came.
 """
 
+import functools
+import inspect
 import math
 import numbers
 
@@ -52,6 +54,21 @@ def forward(q, k, v, g, beta, scale, initial_state, state_v_first=False, cu_seql
     return float(scale)
 
 
+def guarded(op):
+    """`op` behind the contract of `forward`: for the oracle, whose module imports nothing of the package."""
+    signature = inspect.signature(op)
+
+    @functools.wraps(op)
+    def checked(*args, **kwargs):
+        arguments = signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        contract = inspect.signature(forward).parameters
+        forward(**{name: x for name, x in arguments.arguments.items() if name in contract})
+        return op(*args, **kwargs)
+
+    return checked
+
+
 def chunks(chunk_size, cu_seqlens, chunk_indices, T):
     """`chunk_size`, and `chunk_indices [NT, 2]` against the sequences that it lists."""
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral):
@@ -69,7 +86,7 @@ def chunks(chunk_size, cu_seqlens, chunk_indices, T):
     )
     most = max_num_chunks(T, cu_seqlens.shape[0] - 1, chunk_size)
     NT = chunk_indices.shape[0]
-    _require(NT <= most, "chunk_indices", f"[NT, 2] with NT of at most {most}", chunk_indices.shape)
+    _require(most >= NT, "chunk_indices", f"[NT, 2] with NT of at most {most}", chunk_indices.shape)
     if _concrete(cu_seqlens) and _concrete(chunk_indices):
         exact = np.asarray(prepare_chunk_indices(np.asarray(cu_seqlens), chunk_size))
         _require(

@@ -10,6 +10,8 @@ def delta_h(S, w, u, kg, decay):
 
     S [..., K, V], w [..., C, K], u [..., C, V], kg = k * D(C<-j) [..., C, K], decay = D(C<-0) [..., K].
     Returns v_new [..., C, V] and the state that leaves the chunk.
+
+    These two products feed the state that all later chunks read: their sums are taken in parts.
     """
-    v_new = u - dot("...ik,...kv->...iv", w, S)
-    return v_new, decay[..., None] * S + dot("...jk,...jv->...kv", kg, v_new)
+    v_new = u - dot("...ik,...kv->...iv", w, S, parts=4)
+    return v_new, decay[..., None] * S + dot("...jk,...jv->...kv", kg, v_new, parts=4)

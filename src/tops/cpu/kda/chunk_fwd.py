@@ -153,10 +153,10 @@ def scan_chunks(
         q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations)
         g = chunking.keep_rows(g, length)  # an activated gate is not 0 where there is no token
         S, made = one_chunk(S, *(chunking.split_heads(x, H) for x in (q, k, v, g, beta)), scale)
-        return S, {field: chunking.merge_heads(made[field]).astype(buffers[field].dtype) for field in buffers}
+        return S, {field: chunking.merge_heads(made[field]) for field in buffers}
 
     def idle(S, start, length):
-        return S, {field: jnp.zeros_like(x[:, :C]) for field, x in buffers.items()}
+        return S, {field: jnp.zeros((B, C, HV, width[field]), dtype) for field in buffers}
 
     def step(carry, chunk):
         states, buffers = carry
@@ -171,13 +171,16 @@ def scan_chunks(
         return (states, buffers), swap(jnp.where(length > 0, S, 0)) if "h" in fields else None
 
     width = dict(o=V, g=K, Aqk=C, Akk=C, w=K, u=V, qg=K, kg=K, v_new=V)
+    # Before JAX 0.11 XLA widens all of a bfloat16 array at every update: o is rounded at the end there.
+    o_dtype = dtype if jax.__version_info__ < (0, 11) else v.dtype
     buffers = {
-        field: jnp.zeros((B, inputs[0].shape[1], HV, width[field]), v.dtype if field == "o" else dtype)
+        field: jnp.zeros((B, max(T, C), HV, width[field]), o_dtype if field == "o" else dtype)
         for field in fields
         if field != "h"
     }
     (states, made), h = lax.scan(step, (states, buffers), chunks)
     made = {field: x[:, :T] for field, x in made.items()}
+    made["o"] = made["o"].astype(v.dtype)
     if "h" in fields:
         made["h"] = jnp.moveaxis(h.reshape(NT, B, HV, *h.shape[-2:]), 0, 1)
     return swap(states.reshape(-1, HV, K, V)), made

@@ -73,7 +73,7 @@ def _scores(rows, cols):
 
 
 def _set_below(diagonal, below):
-    """Pairs of diagonal blocks [..., 2n, s, s] and the blocks below them [..., n, s, s], as [..., n, 2s, 2s]."""
+    """Diagonal blocks [..., 2n, s, s] in pairs, and the block below each pair, as [..., n, 2s, 2s]."""
     upper = jnp.concatenate([diagonal[..., 0::2, :, :], jnp.zeros_like(below)], axis=-1)
     lower = jnp.concatenate([below, diagonal[..., 1::2, :, :]], axis=-1)
     return jnp.concatenate([upper, lower], axis=-2)

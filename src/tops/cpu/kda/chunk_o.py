@@ -11,4 +11,5 @@ def combine_o(S, qg, Aqk, v_new, scale):
     S [..., K, V], qg = q * D(i<-0) [..., C, K], Aqk [..., C, C], scaled, v_new [..., C, V].
     Returns o [..., C, V].
     """
-    return scale * dot("...ik,...kv->...iv", qg, S) + dot("...ij,...jv->...iv", Aqk, v_new)
+    inter = dot("...ik,...kv->...iv", qg, S, parts=4)
+    return scale * inter + dot("...ij,...jv->...iv", Aqk, v_new, parts=4)

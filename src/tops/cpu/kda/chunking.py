@@ -70,6 +70,8 @@ def pad_tokens(x, C):
 def cut(x, start, length, C):
     """The chunk [start, start + length) of x [B, T, ...], zero up to C rows: [B, C, ...]."""
     # A slice may not reach past the end of x: take the last C tokens there, and move them up.
+    # Before JAX 0.11 XLA widens 16-bit arrays whole, ahead of the scan, unless the slice hides x from it.
+    x, start = lax.optimization_barrier((x, start))
     begin = jnp.minimum(start, x.shape[1] - C)
     rows = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
     rows = jnp.take(rows, jnp.arange(C) + (start - begin), axis=1, mode="clip")
@@ -86,7 +88,7 @@ def put(x, rows, start, length):
     C = rows.shape[1]
     begin = jnp.minimum(start, x.shape[1] - C)
     index = jnp.arange(C) - (start - begin)
-    rows = jnp.take(rows, index, axis=1, mode="clip")
+    rows = jnp.take(rows.astype(x.dtype), index, axis=1, mode="clip")
     inside = _over_rows((index >= 0) & (index < length), x)
     old = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
     return lax.dynamic_update_slice_in_dim(x, jnp.where(inside, rows, old), begin, axis=1)

@@ -1,4 +1,7 @@
-"""The oracle: KDA token by token, as short as its equations. Imports nothing of the package, so that it can judge it."""
+"""The oracle: KDA token by token, as short as its equations.
+
+Imports nothing of the package, so that it can judge the rest; the package's public name adds the checks.
+"""
 
 from functools import partial
 
