@@ -61,7 +61,7 @@ def _scores(rows, cols):
     """rows_i . cols_j for two sets of rows, [..., 2, n, s, K] and [..., n, s, K] to [..., 2, n, s, s].
 
     Summed pairwise over parts of K. One long sum errs the same way for every pair of equal keys, and with
-    beta near 2 a chunk amplifies a shift that all of L shares; the parts keep it below one rounding.
+    beta near 2 a chunk amplifies a shift that all of L shares: shorter sums shift it less.
     """
     parts = math.gcd(rows.shape[-1], 8)
     rows, cols = (x.reshape(*x.shape[:-1], parts, -1) for x in (rows, cols))
@@ -89,8 +89,8 @@ def _product(x, y):
 def _refine_inverse(X, L):
     """One Newton step, X + X (I - (I + L) X).
 
-    The residual is computed to the accuracy that forward substitution has, and what the blocks lost
-    (with equal keys and beta near 2 the off-diagonal products cancel) comes back.
+    It squares the residual of the inverse: what the blocks lost comes back (with equal keys and beta near 2
+    their products cancel), up to the rounding of the step itself.
     """
     residual = jnp.eye(X.shape[-1], dtype=X.dtype) - X - dot("...ij,...jk->...ik", L, X)
     return X + dot("...ij,...jk->...ik", X, residual)
