@@ -9,8 +9,8 @@ token i. Cut a chunk into blocks of s tokens and keep, for every block,
 
 Two neighbouring blocks meet in the middle, and there `D(i<-j) = D(i<-middle) * D(middle<-j)`: the
 scores between the rows of the second and the columns of the first are one matrix product. Then the
-two become one block of 2s: the second's rows and the first's columns are multiplied once. Every factor lies in [0, 1]: nothing
-overflows, nothing cancels, and a gate of -inf is an exact zero.
+two become one block of 2s: the second's rows and the first's columns take one more factor. Every factor
+lies in [0, 1]: nothing overflows, nothing cancels, and a gate of -inf is an exact zero.
 """
 
 import jax.numpy as jnp
