@@ -34,3 +34,38 @@ def relative_error(x, truth):
     assert x.shape == truth.shape, (x.shape, truth.shape)
     assert np.isfinite(x).all()
     return np.linalg.norm(x - truth) / np.linalg.norm(truth)
+
+
+def stages(q, k, v, g, beta, scale, S, C):
+    """Every tensor of the chunked forward of one sequence and head, by its definition, in float64.
+
+    q, k, g [T, K], v [T, V], beta [T], S [K, V]; a list of one dict a chunk.
+    """
+    chunks = []
+    for start in range(0, len(q), C):
+        rows = slice(start, start + C)
+        qc, kc, vc, gc, bc = (np.asarray(x[rows], np.float64) for x in (q, k, v, g, beta))
+        n = len(qc)
+        D = np.ones(
+            (n + 1, n + 1, gc.shape[1])
+        )  # D[i, j]: from token j to token i, 0 is the state that enters
+        for i in range(1, n + 1):
+            for j in range(i):
+                D[i, j] = np.exp(gc[j:i]).prod(axis=0)
+        Aqk = np.array(
+            [[(qc[i] * kc[j] * D[i + 1, j + 1]).sum() * (j <= i) for j in range(n)] for i in range(n)]
+        )
+        L = np.array(
+            [[(kc[i] * kc[j] * D[i + 1, j + 1]).sum() * (j < i) for j in range(n)] for i in range(n)]
+        )
+        Akk = np.linalg.inv(np.eye(n) + bc[:, None] * L)
+        qg, kg = qc * D[1:, 0], kc * D[n, 1:]
+        w, u = Akk @ (bc[:, None] * kc * D[1:, 0]), Akk @ (bc[:, None] * vc)
+        v_new = u - w @ S
+        o = scale * (qg @ S + Aqk @ v_new)
+        made = dict(
+            o=o, g=np.cumsum(gc, axis=0) / np.log(2), Aqk=scale * Aqk, Akk=Akk, w=w, u=u, qg=qg, kg=kg
+        )
+        chunks.append(made | dict(v_new=v_new, h=S))
+        S = D[n, 0][:, None] * S + kg.T @ v_new
+    return chunks

@@ -5,7 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tops.cpu.kda import chunk_kda, chunk_kda_fwd, naive_recurrent_kda
+from tops.cpu.kda import (
+    chunk_gated_delta_rule_fwd_h,
+    chunk_gla_fwd_o_gk,
+    chunk_kda,
+    chunk_kda_fwd,
+    chunk_kda_fwd_intra,
+    chunk_local_cumsum,
+    fused_kda_gate,
+    fused_recurrent_kda,
+    naive_kda_gate,
+    naive_recurrent_kda,
+    recompute_w_u_fwd,
+)
 
 B, T, H, HV, K, V = 1, 8, 2, 4, 3, 5
 
@@ -26,20 +38,20 @@ EVERYWHERE = [
     (
         {name: x[:, :0] for name, x in GOOD.items()},
         ValueError,
-        "q: expected [B, T, H, K] with T, H and K of at least 1, got (1, 0, 2, 3)",
+        "q: expected [B, T, H, K] with each of at least 1, got (1, 0, 2, 3)",
     ),
     (dict(k=zeros(B, T, H, 4)), ValueError, "k: expected [B, T, H, K] = (1, 8, 2, 3), got (1, 8, 2, 4)"),
     (dict(v=zeros(T, HV, V)), ValueError, "v: expected a shape [B, T, HV, V], got (8, 4, 5)"),
-    (dict(v=zeros(B, 7, HV, V)), ValueError, "v: expected [B, T, HV, V] = (1, 8, 4, 5), got (1, 7, 4, 5)"),
+    (dict(v=zeros(B, 7, HV, V)), ValueError, "v: expected [B, T, HV, V] = (1, 8, HV, V), got (1, 7, 4, 5)"),
     (
         dict(v=zeros(B, T, HV, 0)),
         ValueError,
-        "v: expected [B, T, HV, V] with HV and V of at least 1, got (1, 8, 4, 0)",
+        "v: expected [B, T, HV, V] with each of at least 1, got (1, 8, 4, 0)",
     ),
     (
         dict(v=zeros(B, T, 3, V)),
         ValueError,
-        "v: expected [B, T, HV, V] with HV a multiple of H=2, got (1, 8, 3, 5)",
+        "v: expected HV a multiple of H=2, got HV=3",
     ),
     (dict(g=zeros(B, T, H, K)), ValueError, "g: expected [B, T, HV, K] = (1, 8, 4, 3), got (1, 8, 2, 3)"),
     (dict(beta=zeros(B, T, H)), ValueError, "beta: expected [B, T, HV] = (1, 8, 4), got (1, 8, 2)"),
@@ -138,11 +150,11 @@ CHUNKED = [
         "initial_state: expected [N, HV, V, K] = (1, 4, 5, 3), got (1, 4, 3, 5)",
     ),
 ]
-FWD = [
+GATED = [
     (
         dict(use_gate_in_kernel=True),
         ValueError,
-        "A_log: expected an array [HV] with use_gate_in_kernel unless lower_bound is given, got None",
+        "A_log: expected an array [HV] for the gate unless lower_bound is given, got None",
     ),
     (
         dict(A_log=zeros(HV)),
@@ -162,30 +174,139 @@ FWD = [
     (
         dict(use_gate_in_kernel=True, A_log=zeros(HV), dt_bias=zeros(HV, K)),
         ValueError,
-        "dt_bias: expected [HV*K] = (12,), got (4, 3)",
+        "dt_bias: expected a shape [HV*K], got (4, 3)",
     ),
     (
         dict(use_gate_in_kernel=True, lower_bound=-6.0, safe_gate=True),
         ValueError,
-        "lower_bound: expected a number in [-5, 0) with safe_gate and use_gate_in_kernel, got -6.0",
+        "lower_bound: expected a number in [-5, 0) with safe_gate, got -6.0",
     ),
     (
         dict(use_gate_in_kernel=True, A_log=zeros(HV), safe_gate=True),
         ValueError,
-        "lower_bound: expected a number in [-5, 0) with safe_gate and use_gate_in_kernel, got None",
+        "lower_bound: expected a number in [-5, 0) with safe_gate, got None",
+    ),
+]
+ACTIVATED = [
+    (
+        dict(allow_neg_eigval=True),
+        ValueError,
+        "allow_neg_eigval: expected use_beta_sigmoid_in_kernel beside it, got True",
+    ),
+]
+LAYOUT = dict(state_v_first=True, transpose_state_layout=True)
+BOTH = "transpose_state_layout: expected None beside state_v_first, got True"
+A = zeros(B, T, HV, 64)
+STATE_PASS = dict(k=GOOD["k"], w=GOOD["g"], u=GOOD["v"], gk=GOOD["g"])
+OUTPUT = dict(q=GOOD["q"], v=GOOD["v"], g=GOOD["g"], A=A, h=zeros(B, 1, HV, K, V), scale=1.0)
+WY = dict(k=GOOD["k"], v=GOOD["v"], beta=GOOD["beta"], A=A, gk=GOOD["g"])
+INTRA = dict(q=GOOD["q"], k=GOOD["k"], v=GOOD["v"], gk=GOOD["g"], beta=GOOD["beta"])
+STAGES = [
+    (chunk_kda, GOOD | LAYOUT, ValueError, BOTH),
+    (chunk_kda_fwd, GOOD | LAYOUT, ValueError, BOTH),
+    (fused_recurrent_kda, GOOD | LAYOUT, ValueError, BOTH),
+    (chunk_gated_delta_rule_fwd_h, STATE_PASS | LAYOUT, ValueError, BOTH),
+    (chunk_gla_fwd_o_gk, OUTPUT | LAYOUT, ValueError, BOTH),
+    (
+        chunk_kda_fwd,
+        GOOD | dict(storage_dtype="int8"),
+        TypeError,
+        "storage_dtype: expected None or one of float64, float32, bfloat16, float16, got 'int8'",
+    ),
+    (
+        chunk_kda_fwd_intra,
+        INTRA | dict(gk=GOOD["k"]),
+        ValueError,
+        "gk: expected [B, T, HV, K] = (1, 8, 4, 3), got (1, 8, 2, 3)",
+    ),
+    (
+        chunk_kda_fwd_intra,
+        INTRA | dict(safe_gate=True, lower_bound=1),
+        ValueError,
+        "lower_bound: expected a number in [-5, 0) with safe_gate, got 1",
+    ),
+    (
+        recompute_w_u_fwd,
+        WY | dict(A=zeros(B, T, HV, 20)),
+        ValueError,
+        "chunk_size: expected one of (16, 32, 64, 128), got 20",
+    ),
+    (
+        recompute_w_u_fwd,
+        WY | dict(q=zeros(B, T, HV, K)),
+        ValueError,
+        "q: expected [B, T, H, K] = (1, 8, 2, 3), got (1, 8, 4, 3)",
+    ),
+    (
+        chunk_gated_delta_rule_fwd_h,
+        STATE_PASS | dict(g=zeros(B, T, H)),
+        ValueError,
+        "g: expected [B, T, HV] = (1, 8, 4), got (1, 8, 2)",
+    ),
+    (
+        chunk_gated_delta_rule_fwd_h,
+        STATE_PASS | dict(initial_state=zeros(2, HV, K, V)),
+        ValueError,
+        "initial_state: expected [N, HV, K, V] = (1, 4, 3, 5), got (2, 4, 3, 5)",
+    ),
+    (
+        chunk_gla_fwd_o_gk,
+        OUTPUT | dict(h=zeros(B, 2, HV, K, V)),
+        ValueError,
+        "h: expected [B, NT, HV, K, V] = (1, 1, 4, 3, 5), got (1, 2, 4, 3, 5)",
+    ),
+    (
+        chunk_gla_fwd_o_gk,
+        OUTPUT | dict(A=zeros(B, T, HV, 32)),
+        ValueError,
+        "A: expected [B, T, HV, C] = (1, 8, 4, 64), got (1, 8, 4, 32)",
+    ),
+    (
+        chunk_local_cumsum,
+        dict(g=zeros(T), chunk_size=16),
+        ValueError,
+        "g: expected a shape [B, T, HV, K], got (8,)",
+    ),
+    (
+        fused_kda_gate,
+        dict(g=GOOD["g"]),
+        ValueError,
+        "A_log: expected an array [HV] for the gate unless lower_bound is given, got None",
+    ),
+    (
+        fused_kda_gate,
+        dict(g=GOOD["g"], lower_bound=-1, output_dtype=int),
+        TypeError,
+        "output_dtype: expected None or one of float64, float32, bfloat16, float16, got <class 'int'>",
+    ),
+    (
+        naive_kda_gate,
+        dict(g=GOOD["g"], A_log=zeros(H)),
+        ValueError,
+        "A_log: expected [HV] = (4,), got (2,)",
     ),
 ]
 REFUSED = [
-    *((op, *row) for op in (chunk_kda, chunk_kda_fwd, naive_recurrent_kda) for row in EVERYWHERE),
-    *((op, *row) for op in (chunk_kda, chunk_kda_fwd) for row in CHUNKED),
-    *((chunk_kda_fwd, *row) for row in FWD),
+    *(
+        (op, GOOD | row[0], *row[1:])
+        for op in (chunk_kda, chunk_kda_fwd, fused_recurrent_kda, naive_recurrent_kda)
+        for row in EVERYWHERE
+    ),
+    *((op, GOOD | row[0], *row[1:]) for op in (chunk_kda, chunk_kda_fwd) for row in CHUNKED),
+    *(
+        (op, GOOD | row[0], *row[1:])
+        for op in (chunk_kda, chunk_kda_fwd, fused_recurrent_kda)
+        for row in GATED
+    ),
+    *((op, GOOD | row[0], *row[1:]) for op in (chunk_kda, fused_recurrent_kda) for row in ACTIVATED),
+    *STAGES,
 ]
 
 
 @pytest.mark.parametrize(("op", "arguments", "kind", "message"), REFUSED)
 def test_refused_in_one_line(op, arguments, kind, message):
     with pytest.raises(kind) as refusal:
-        op(**GOOD | arguments)
+        op(**arguments)
     assert str(refusal.value) == message
 
 

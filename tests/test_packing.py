@@ -9,7 +9,7 @@ from oracle import relative_error
 from tops.cpu.kda import chunk_kda, chunk_kda_fwd, naive_recurrent_kda
 
 T = 320
-LENGTHS = [70, 0, 1, 64, 70, 0]  # 115 tokens of padding follow
+LENGTHS = [70, 0, 1, 70, 0]  # 179 tokens of padding follow
 CU_SEQLENS = np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int32)
 
 
@@ -21,7 +21,7 @@ def packed_inputs(dtype=np.float32, regime="weak", HV=4):
 
 @pytest.mark.parametrize(
     ("dtype", "chunk_size"),
-    [(np.float32, 64), (np.float32, 16), (np.float64, 64), (np.float16, 64), ("bfloat16", 32)],
+    [(np.float32, 64), (np.float64, 16), (np.float16, 32), ("bfloat16", 32)],
 )
 def test_packed_equals_alone(dtype, chunk_size):
     """Bit for bit: a chunk's arithmetic depends on nothing but its own tokens and state."""
@@ -74,7 +74,7 @@ def test_padding_is_zero_and_touches_nothing():
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS])
-@pytest.mark.parametrize("t", [1, 40, 64, 65, 133, 200])
+@pytest.mark.parametrize("t", [1, 40, 64, 65, 133])
 def test_causal(t, cu_seqlens):
     """Changing every input from token t on leaves the outputs before t as they were, to the bit."""
     inputs, _ = packed_inputs(regime="logsigmoid")
@@ -86,7 +86,7 @@ def test_causal(t, cu_seqlens):
     assert not np.array_equal(o, o_changed)
 
 
-@pytest.mark.parametrize("t", [1, 40, 64, 65, 133, 260])
+@pytest.mark.parametrize("t", [1, 64, 133])
 def test_appending_changes_nothing_before(t):
     inputs, _ = packed_inputs(regime="logsigmoid")
     o, _ = chunk_kda(*inputs)
@@ -151,7 +151,7 @@ def test_chunk_indices_make_the_number_of_chunks_exact():
 
     inputs, _ = packed_inputs()
     indices = prepare_chunk_indices(CU_SEQLENS, 64)
-    np.testing.assert_array_equal(indices, [[0, 0], [0, 1], [2, 0], [3, 0], [4, 0], [4, 1]])
+    np.testing.assert_array_equal(indices, [[0, 0], [0, 1], [2, 0], [3, 0], [3, 1]])
     options = dict(return_intermediate_states=True, cu_seqlens=CU_SEQLENS)
     eager = chunk_kda_fwd(*inputs, **options)
     assert eager.h.shape[1] == len(indices)

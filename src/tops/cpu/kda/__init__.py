@@ -2,16 +2,41 @@
 
 from . import checks, naive
 from .chunk import chunk_kda
+from .chunk_delta_h import chunk_gated_delta_rule_fwd_h
 from .chunk_fwd import ChunkKDAForward, chunk_kda_fwd
-from .chunking import prepare_chunk_indices, prepare_chunk_offsets
+from .chunk_intra import chunk_kda_fwd_intra
+from .chunk_o import chunk_gla_fwd_o_gk
+from .chunking import prepare_chunk_indices, prepare_chunk_offsets, prepare_lens
+from .fused_recurrent import fused_recurrent_kda
+from .gate import (
+    chunk_local_cumsum,
+    fused_kda_gate,
+    kda_gate_chunk_cumsum,
+    kda_gate_fwd,
+    naive_kda_gate,
+    naive_kda_lowerbound_gate,
+)
+from .wy_fast import recompute_w_u_fwd
 
 naive_recurrent_kda = checks.guarded(naive.naive_recurrent_kda)
 
 __all__ = [
     "ChunkKDAForward",
+    "chunk_gated_delta_rule_fwd_h",
+    "chunk_gla_fwd_o_gk",
     "chunk_kda",
     "chunk_kda_fwd",
+    "chunk_kda_fwd_intra",
+    "chunk_local_cumsum",
+    "fused_kda_gate",
+    "fused_recurrent_kda",
+    "kda_gate_chunk_cumsum",
+    "kda_gate_fwd",
+    "naive_kda_gate",
+    "naive_kda_lowerbound_gate",
     "naive_recurrent_kda",
     "prepare_chunk_indices",
     "prepare_chunk_offsets",
+    "prepare_lens",
+    "recompute_w_u_fwd",
 ]

@@ -1,5 +1,6 @@
 """The user-level op: chunked KDA, output and final state only."""
 
+from . import checks
 from .chunk_fwd import forward
 from .gate import Activations
 
@@ -13,10 +14,22 @@ def chunk_kda(
     scale=None,
     initial_state=None,
     output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    use_gate_in_kernel=False,
+    use_beta_sigmoid_in_kernel=False,
+    allow_neg_eigval=False,
+    safe_gate=False,
+    lower_bound=None,
+    return_intermediate_states=False,
     state_v_first=False,
     cu_seqlens=None,
     chunk_indices=None,
     chunk_size=64,
+    A_log=None,
+    dt_bias=None,
+    *,
+    storage_dtype=None,
+    transpose_state_layout=None,
 ):
     """Chunked Kimi Delta Attention: what `naive_recurrent_kda` computes, by matrix products.
 
@@ -27,29 +40,51 @@ def chunk_kda(
     Args:
         q, k: [B, T, H, K]; float64, float32, bfloat16 or float16, one dtype for q, k and v.
         v: [B, T, HV, V]; HV = G * H, value head h reads q/k head h // G.
-        g: [B, T, HV, K], log decay in nats, <= 0 (-inf is a reset).
-        beta: [B, T, HV].
+        g: [B, T, HV, K], log decay in nats, <= 0 (-inf is a reset); raw with `use_gate_in_kernel`.
+        beta: [B, T, HV]; raw with `use_beta_sigmoid_in_kernel`.
         scale: a number; None is K ** -0.5.
         initial_state: [N, HV, K, V], or None for zeros; N is the number of sequences (B when dense).
         output_final_state: whether to return the final state.
-        state_v_first: states are [N, HV, V, K].
+        use_qk_l2norm_in_kernel: x <- x / sqrt(sum_d x_d^2 + 1e-6) for q and k.
+        use_gate_in_kernel: g <- -exp(A_log) * softplus(g + dt_bias), unless `lower_bound` is given.
+        use_beta_sigmoid_in_kernel: beta <- sigmoid(beta).
+        allow_neg_eigval: beta <- 2 * sigmoid(beta), in [0, 2).
+        safe_gate: accepted for FLA's sake and held to its rules; this op is safe for all gates.
+        lower_bound: with `use_gate_in_kernel`, g <- lower_bound * sigmoid(exp(A_log) * (g + dt_bias)).
+        return_intermediate_states: return h, the state that enters each chunk, as a third result.
+        state_v_first: states are [..., V, K].
         cu_seqlens: integer [N + 1]; packs N sequences into B = 1, sequence n in tokens
             [cu_seqlens[n], cu_seqlens[n + 1]). Tokens from cu_seqlens[N] on are padding.
         chunk_indices: integer [NT, 2] of `prepare_chunk_indices`; makes the number of chunks exact
             under `jit`, where it is (T + N * (C - 1)) // C otherwise.
         chunk_size: C, one of 16, 32, 64, 128.
+        A_log: [HV], for the gate; may be None beside `lower_bound`.
+        dt_bias: [HV * K] or None, for the gate.
+        storage_dtype: round to it what FLA's kernels store in k's dtype, and the operands that they round
+            before a product; None keeps the arithmetic's dtype.
+        transpose_state_layout: the deprecated name of `state_v_first`.
 
     Returns:
         o [B, T, HV, V] in v's dtype, zero at padding, and the final state [N, HV, K, V] or None, in the
-        arithmetic's dtype, promote_types(q.dtype, float32).
+        arithmetic's dtype, promote_types(q.dtype, float32). With `return_intermediate_states` also
+        h [B, NT, HV, K, V], in `storage_dtype` or the arithmetic's dtype.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
 
     Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.chunk.chunk_kda`.
     """
+    state_v_first = checks.layout(state_v_first, transpose_state_layout)
+    activations = Activations(
+        qk_l2norm=use_qk_l2norm_in_kernel,
+        gate=use_gate_in_kernel,
+        lower_bound=lower_bound,
+        beta_scale=checks.sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval),
+    )
+    fields = ("o", "h") if return_intermediate_states else ("o",)
     final_state, made = forward(
         *(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens, chunk_indices, chunk_size),
-        *(None, None, Activations(), ("o",)),
+        *(A_log, dt_bias, activations, safe_gate, fields, storage_dtype),
     )
-    return made["o"], final_state if output_final_state else None
+    results = made["o"], final_state if output_final_state else None
+    return (*results, made["h"]) if return_intermediate_states else results

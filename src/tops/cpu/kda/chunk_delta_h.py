@@ -1,17 +1,128 @@
 """Stage 3: the state from chunk to chunk."""
 
-from .dot import dot
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import checks, chunking
+from .decay import from_cumsum
+from .dot import dot, storage
 
 
-def delta_h(S, w, u, kg, decay):
+def delta_h(S, w, u, kg, decay, store):
     """One chunk's step of the state.
 
         v_new = u - w S      S <- D(C<-0) S + kg^T v_new
 
-    S [..., K, V], w [..., C, K], u [..., C, V], kg = k * D(C<-j) [..., C, K], decay = D(C<-0) [..., K].
-    Returns v_new [..., C, V] and the state that leaves the chunk.
+    S [..., K, V], w [..., C, K], u [..., C, V], kg = k * D(C<-j) [..., C, K], decay = D(C<-0) [..., K];
+    `store` rounds what FLA stores. Returns v_new [..., C, V] and the state that leaves the chunk.
 
     These two products feed the state that all later chunks read: their sums are taken in parts.
     """
-    v_new = u - dot("...ik,...kv->...iv", w, S, parts=4)
+    v_new = store(u - dot("...ik,...kv->...iv", w, store(S), parts=4))
     return v_new, decay[..., None] * S + dot("...jk,...jv->...kv", kg, v_new, parts=4)
+
+
+def chunk_gated_delta_rule_fwd_h(
+    k,
+    w,
+    u,
+    g=None,
+    gk=None,
+    initial_state=None,
+    output_final_state=False,
+    chunk_size=64,
+    save_new_value=True,
+    state_v_first=False,
+    cu_seqlens=None,
+    chunk_indices=None,
+    *,
+    use_exp2=True,
+    storage_dtype=None,
+    transpose_state_layout=None,
+):
+    """Stage 3 on its own, in token layout: the state that enters each chunk.
+
+        v_new = u - w S      S <- D(C<-0) S + (k * d)^T v_new
+
+    with D(C<-0) from the last row of g and gk, and d = exp2(g_C - g_j) of the scalar gate alone: KDA passes
+    k = kg, which holds its decay D(C<-j) already, and gk. With g alone this is Gated DeltaNet's state pass.
+
+    Args:
+        k: [B, T, Hk, K], float64, float32, bfloat16 or float16, as everything here; Hk divides HV.
+        w: [B, T, HV, K].
+        u: [B, T, HV, V].
+        g: [B, T, HV] or None, chunk-local cumulative sum of a scalar log decay, finite.
+        gk: [B, T, HV, K] or None, the same per key channel.
+        initial_state: [N, HV, K, V], or None for zeros.
+        output_final_state: whether to return the final state.
+        chunk_size: C, one of 16, 32, 64, 128.
+        save_new_value: whether to return v_new.
+        state_v_first: states are [..., V, K]. `transpose_state_layout` is its deprecated name.
+        cu_seqlens, chunk_indices: as for `chunk_kda_fwd`.
+        use_exp2: the unit of g and gk, log2 (as `chunk_kda_fwd` returns g) or nats.
+        storage_dtype: round h, v_new and the operands of the products to it; None keeps them.
+
+    Returns:
+        h [B, NT, HV, K, V] and v_new [B, T, HV, V] or None, in `storage_dtype`, or else in the arithmetic's
+        dtype, promote_types(k.dtype, float32); the final state [N, HV, K, V] or None, in that dtype always.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: `fla.ops.common.chunk_delta_h.chunk_gated_delta_rule_fwd_h`.
+    """
+    state_v_first = checks.layout(state_v_first, transpose_state_layout)
+    sizes = {}
+    checks.tensor("k", k, "B T H K", sizes)
+    checks.tensor("w", w, "B T HV K", sizes)
+    checks.tensor("u", u, "B T HV V", sizes)
+    checks.grouped("w", sizes)
+    if g is not None:
+        checks.tensor("g", g, "B T HV", sizes)
+    if gk is not None:
+        checks.tensor("gk", gk, "B T HV K", sizes)
+    checks.sequences(cu_seqlens, sizes)
+    checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    checks.states(initial_state, state_v_first, k.dtype, sizes)
+    storage_dtype = checks.storage(storage_dtype)
+    NT = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
+    h, v_new, final_state = _chunk_gated_delta_rule_fwd_h(
+        *(k, w, u, g, gk, initial_state, cu_seqlens),
+        **dict(NT=NT, C=chunk_size, state_v_first=state_v_first, use_exp2=use_exp2),
+        storage_dtype=storage_dtype,
+    )
+    return h, v_new if save_new_value else None, final_state if output_final_state else None
+
+
+@partial(jax.jit, static_argnames=("NT", "C", "state_v_first", "use_exp2", "storage_dtype"))
+def _chunk_gated_delta_rule_fwd_h(
+    k, w, u, g, gk, initial_state, cu_seqlens, *, NT, C, state_v_first, use_exp2, storage_dtype
+):
+    T, H, K = k.shape[1:]
+    dtype = jnp.promote_types(k.dtype, jnp.float32)
+    store = storage(storage_dtype)
+    chunks = chunking.Split(cu_seqlens, NT, T, C, H, dtype)
+    k, w, u = chunks.split(k), chunks.split(w), chunks.split(u)
+    decay = jnp.ones((*w.shape[:-2], K), dtype)
+    if g is not None:
+        _, suffix, total = from_cumsum(chunks.split_cumsum(g)[..., None], use_exp2)
+        k, decay = k * suffix, decay * total
+    if gk is not None:
+        decay = decay * from_cumsum(chunks.split_cumsum(gk), use_exp2)[2]
+    states = chunking.split_states(
+        initial_state, cu_seqlens, state_v_first, w.shape[1:4], K, u.shape[-1], dtype
+    )
+
+    def step(states, chunk):
+        n, w, u, k, decay = chunk
+        S = lax.dynamic_index_in_dim(states, n, keepdims=False)
+        v_new, S_next = delta_h(S, w, u, k, decay, store)
+        return lax.dynamic_update_index_in_dim(states, S_next, n, axis=0), (S, v_new)
+
+    states, (h, v_new) = lax.scan(step, states, (chunks.table.sequence, w, u, k, decay))
+    h = chunking.merge_states(h, state_v_first)
+    h = jnp.moveaxis(h.reshape(NT, -1, *h.shape[1:]), 0, 1).astype(storage_dtype or dtype)
+    return h, chunks.merge(v_new, storage_dtype), chunking.merge_states(states, state_v_first)

@@ -11,7 +11,8 @@ from . import checks, chunking
 from .chunk_delta_h import delta_h
 from .chunk_intra import intra
 from .chunk_o import combine_o
-from .gate import RCP_LN2, Activations, activate
+from .dot import storage
+from .gate import RCP_LN2, Activations, activate, cumsum
 from .wy_fast import recompute_w_u
 
 
@@ -52,6 +53,9 @@ def chunk_kda_fwd(
     dt_bias=None,
     disable_recompute=False,
     return_intermediate_states=False,
+    *,
+    storage_dtype=None,
+    transpose_state_layout=None,
 ):
     """The chunked KDA forward with every tensor that its four stages make.
 
@@ -83,16 +87,21 @@ def chunk_kda_fwd(
         dt_bias: [HV * K] or None, for the gate.
         disable_recompute: return w, u, qg, kg, v_new, h, and g also of an in-kernel gate.
         return_intermediate_states: return h.
+        storage_dtype: round to it what FLA's kernels store in k's dtype (Aqk, Akk, w, u, qg, kg, v_new, h)
+            and the operands that they round before a product; None keeps the arithmetic's dtype.
+        transpose_state_layout: the deprecated name of `state_v_first`.
 
     Returns:
-        `ChunkKDAForward`. o has v's dtype and is zero at padding; everything else has the arithmetic's
-        dtype, promote_types(q.dtype, float32), and is zero where no sequence has a token or a chunk.
+        `ChunkKDAForward`. o has v's dtype, what FLA stores in k's dtype has `storage_dtype`, and everything
+        else (all but o without `storage_dtype`) the arithmetic's, promote_types(q.dtype, float32). Zero where
+        no sequence has a token or a chunk.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
 
     Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.chunk_fwd.chunk_kda_fwd`.
     """
+    state_v_first = checks.layout(state_v_first, transpose_state_layout)
     fields = ("o", "Aqk", "Akk")
     if disable_recompute or not use_gate_in_kernel:
         fields += ("g",)
@@ -100,10 +109,10 @@ def chunk_kda_fwd(
         fields += ("w", "u", "qg", "kg", "v_new")
     if disable_recompute or return_intermediate_states:
         fields += ("h",)
-    checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
     final_state, made = forward(
         *(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens, chunk_indices, chunk_size),
-        *(A_log, dt_bias, Activations(gate=use_gate_in_kernel, lower_bound=lower_bound), fields),
+        *(A_log, dt_bias, Activations(gate=use_gate_in_kernel, lower_bound=lower_bound)),
+        *(safe_gate, fields, storage_dtype),
     )
     made["final_state"] = final_state if output_final_state else None
     made["initial_state"] = initial_state
@@ -112,47 +121,57 @@ def chunk_kda_fwd(
 
 def forward(
     q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens, chunk_indices, chunk_size,
-    A_log, dt_bias, activations, fields,
+    A_log, dt_bias, activations, safe_gate, fields, storage_dtype,
 ):  # fmt: skip
-    """(final_state, {field: tensor}) of checked arguments: what `chunk_kda_fwd` and `chunk_kda` share."""
+    """(final_state, {field: tensor}) after the checks: what `chunk_kda_fwd` and `chunk_kda` share."""
     scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
     checks.chunks(chunk_size, cu_seqlens, chunk_indices, q.shape[1])
+    checks.gate(activations.gate, A_log, dt_bias, activations.lower_bound, safe_gate, g)
+    storage_dtype = checks.storage(storage_dtype)
     NT = chunking.num_chunks(q.shape[1], cu_seqlens, chunk_indices, chunk_size)
     final_state, made = scan_chunks(
-        q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
-        NT=NT, C=chunk_size, scale=scale, state_v_first=state_v_first, activations=activations, fields=fields,
-    )  # fmt: skip
-    if "h" in made and cu_seqlens is not None and not isinstance(cu_seqlens, jax.core.Tracer):
-        made["h"] = made["h"][:, : len(chunking.prepare_chunk_indices(cu_seqlens, chunk_size))]
+        *(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias),
+        **dict(NT=NT, C=chunk_size, scale=scale, state_v_first=state_v_first),
+        **dict(activations=activations, fields=fields, storage_dtype=storage_dtype),
+    )
+    if "h" in made:
+        made["h"] = made["h"][
+            :, : chunking.exact_num_chunks(q.shape[1], cu_seqlens, chunk_indices, chunk_size)
+        ]
     return final_state, made
 
 
-@partial(jax.jit, static_argnames=("NT", "C", "scale", "state_v_first", "activations", "fields"))
+@partial(
+    jax.jit,
+    static_argnames=("NT", "C", "scale", "state_v_first", "activations", "fields", "storage_dtype"),
+)
 def scan_chunks(
     q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
-    *, NT, C, scale, state_v_first, activations, fields,
+    *, NT, C, scale, state_v_first, activations, fields, storage_dtype,
 ):  # fmt: skip
     """The scan over NT chunks: reads a chunk, runs the stages on it, writes what `fields` names."""
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    packed = cu_seqlens is not None
-    chunks = chunking.chunk_table(cu_seqlens if packed else jnp.array([0, T]), NT, C)
+    store = storage(storage_dtype)
+    chunks = chunking.chunk_table(jnp.array([0, T]) if cu_seqlens is None else cu_seqlens, NT, C)
     inputs = [chunking.pad_tokens(x, C) for x in (q, k, v, g, beta)]
-    swap = partial(jnp.swapaxes, axis1=-1, axis2=-2) if state_v_first else lambda state: state
 
-    # The state of every sequence so far: of one sequence in each of B rows, or of N sequences in one row.
-    states = (cu_seqlens.shape[0] - 1, 1) if packed else (1, B)
-    if initial_state is None:
-        states = jnp.zeros((*states, H, HV // H, K, V), dtype)
-    else:
-        states = swap(initial_state).astype(dtype).reshape(*states, H, HV // H, K, V)
+    width = dict(o=V, g=K, Aqk=C, Akk=C, w=K, u=V, qg=K, kg=K, v_new=V)
+    stored = {field: storage_dtype or dtype for field in (*width, "h")} | dict(o=v.dtype, g=dtype)
+    # Before JAX 0.11 XLA widens all of a bfloat16 array at every update: round at the end there.
+    wide = jax.__version_info__ < (0, 11)
+    buffers = {
+        field: jnp.zeros((B, max(T, C), HV, width[field]), dtype if wide else stored[field])
+        for field in fields
+        if field != "h"
+    }
 
     def compute(S, start, length):
         q, k, v, g, beta = (chunking.cut(x, start, length, C).astype(dtype) for x in inputs)
         q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations)
         g = chunking.keep_rows(g, length)  # an activated gate is not 0 where there is no token
-        S, made = one_chunk(S, *(chunking.split_heads(x, H) for x in (q, k, v, g, beta)), scale)
+        S, made = one_chunk(S, *(chunking.split_heads(x, H) for x in (q, k, v, g, beta)), scale, store)
         return S, {field: chunking.merge_heads(made[field]) for field in buffers}
 
     def idle(S, start, length):
@@ -162,38 +181,32 @@ def scan_chunks(
         states, buffers = carry
         n, start, length = chunk
         S = lax.dynamic_index_in_dim(states, n, keepdims=False)
-        if packed:  # NT is a bound: skip the chunks that this packing does not need
-            S_next, rows = lax.cond(length > 0, compute, idle, S, start, length)
-        else:
+        if cu_seqlens is None:
             S_next, rows = compute(S, start, length)
+        else:  # NT is a bound: skip the chunks that this packing does not need
+            S_next, rows = lax.cond(length > 0, compute, idle, S, start, length)
         states = lax.dynamic_update_index_in_dim(states, S_next, n, axis=0)
         buffers = {field: chunking.put(x, rows[field], start, length) for field, x in buffers.items()}
-        return (states, buffers), swap(jnp.where(length > 0, S, 0)) if "h" in fields else None
+        return (states, buffers), jnp.where(length > 0, S, 0).astype(stored["h"]) if "h" in fields else None
 
-    width = dict(o=V, g=K, Aqk=C, Akk=C, w=K, u=V, qg=K, kg=K, v_new=V)
-    # Before JAX 0.11 XLA widens all of a bfloat16 array at every update: o is rounded at the end there.
-    o_dtype = dtype if jax.__version_info__ < (0, 11) else v.dtype
-    buffers = {
-        field: jnp.zeros((B, max(T, C), HV, width[field]), o_dtype if field == "o" else dtype)
-        for field in fields
-        if field != "h"
-    }
+    states = chunking.split_states(initial_state, cu_seqlens, state_v_first, (B, H, HV // H), K, V, dtype)
     (states, made), h = lax.scan(step, (states, buffers), chunks)
-    made = {field: x[:, :T] for field, x in made.items()}
-    made["o"] = made["o"].astype(v.dtype)
+    made = {field: x[:, :T].astype(stored[field]) for field, x in made.items()}
     if "h" in fields:
-        made["h"] = jnp.moveaxis(h.reshape(NT, B, HV, *h.shape[-2:]), 0, 1)
-    return swap(states.reshape(-1, HV, K, V)), made
+        h = chunking.merge_states(h, state_v_first)  # [NT * B, HV, K, V]
+        made["h"] = jnp.moveaxis(h.reshape(NT, B, *h.shape[1:]), 0, 1)
+    return chunking.merge_states(states, state_v_first), made
 
 
-def one_chunk(S, q, k, v, g, beta, scale):
+def one_chunk(S, q, k, v, g, beta, scale, store):
     """The four stages on one chunk: the state that leaves it, and everything they made on the way.
 
-    S [..., K, V], the state that enters; q, k, g [..., C, K]; v [..., C, V]; beta [..., C].
+    S [..., K, V], the state that enters; q, k, g [..., C, K]; v [..., C, V]; beta [..., C]; `store` rounds
+    what FLA stores.
     """
-    chunk = intra(q, k, jnp.exp(g), beta, scale)
-    w, u = recompute_w_u(chunk.Akk, chunk.k_in, v, beta)
-    v_new, S_next = delta_h(S, w, u, chunk.kg, chunk.decay)
-    o = combine_o(S, chunk.qg, chunk.Aqk, v_new, scale)
+    chunk = intra(q, k, jnp.exp(g), beta, scale, store)
+    w, u = recompute_w_u(chunk.Akk, chunk.k_in, v, beta, store)
+    v_new, S_next = delta_h(S, w, u, chunk.kg, chunk.decay, store)
+    o = combine_o(S, chunk.qg, chunk.Aqk, v_new, scale, store)
     made = dict(o=o, Aqk=chunk.Aqk, Akk=chunk.Akk, w=w, u=u, qg=chunk.qg, kg=chunk.kg, v_new=v_new)
-    return S_next, made | dict(g=RCP_LN2 * jnp.cumsum(g, axis=-2))
+    return S_next, made | dict(g=cumsum(RCP_LN2 * g, g.ndim - 2))

@@ -1,15 +1,97 @@
 """Stage 4: the output."""
 
-from .dot import dot
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from . import checks, chunking
+from .decay import from_cumsum
+from .dot import dot, storage
 
 
-def combine_o(S, qg, Aqk, v_new, scale):
+def combine_o(S, qg, Aqk, v_new, scale, store):
     """What a chunk reads: from the state that entered it, and from its own tokens.
 
         o = scale * qg S + Aqk v_new
 
-    S [..., K, V], qg = q * D(i<-0) [..., C, K], Aqk [..., C, C], scaled, v_new [..., C, V].
-    Returns o [..., C, V].
+    S [..., K, V], qg = q * D(i<-0) [..., C, K], Aqk [..., C, C], scaled, v_new [..., C, V]; `store` rounds
+    what FLA stores. Returns o [..., C, V].
     """
-    inter = dot("...ik,...kv->...iv", qg, S, parts=4)
+    inter = dot("...ik,...kv->...iv", qg, store(S), parts=4)
     return scale * inter + dot("...ij,...jv->...iv", Aqk, v_new, parts=4)
+
+
+def chunk_gla_fwd_o_gk(
+    q,
+    v,
+    g,
+    A,
+    h,
+    scale,
+    state_v_first=False,
+    cu_seqlens=None,
+    chunk_size=64,
+    chunk_indices=None,
+    *,
+    use_exp2=True,
+    storage_dtype=None,
+    transpose_state_layout=None,
+):
+    """Stage 4 on its own, in token layout.
+
+        o = scale * (q * D(i<-0)) h + A v
+
+    Args:
+        q: [B, T, H, K]; float64, float32, bfloat16 or float16, as everything here.
+        v: [B, T, HV, V], the v_new of `chunk_gated_delta_rule_fwd_h`.
+        g: [B, T, HV, K], chunk-local cumulative sum of the log decays; log2 with `use_exp2`, else nats.
+        A: [B, T, HV, C], the scaled Aqk of `chunk_kda_fwd_intra`; what lies above the diagonal is not read.
+        h: [B, NT, HV, K, V], the state that enters each chunk.
+        scale: a number; None is K ** -0.5.
+        state_v_first: h is [B, NT, HV, V, K]. `transpose_state_layout` is its deprecated name.
+        chunk_size: C, one of 16, 32, 64, 128.
+        cu_seqlens, chunk_indices: as for `chunk_kda_fwd`.
+        use_exp2: the unit of g, log2 (as `chunk_kda_fwd` returns g) or nats.
+        storage_dtype: round the operands of the products to it; None keeps them.
+
+    Returns:
+        o [B, T, HV, V] in v's dtype, zero at padding.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: `fla.ops.gla.chunk.chunk_gla_fwd_o_gk`.
+    """
+    state_v_first = checks.layout(state_v_first, transpose_state_layout)
+    sizes = {}
+    checks.tensor("q", q, "B T H K", sizes)
+    checks.tensor("v", v, "B T HV V", sizes)
+    checks.grouped("v", sizes)
+    checks.tensor("g", g, "B T HV K", sizes)
+    checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    sizes["C"] = chunk_size
+    checks.tensor("A", A, "B T HV C", sizes)
+    checks.sequences(cu_seqlens, sizes)
+    sizes["NT"] = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
+    checks.tensor("h", h, "B NT HV V K" if state_v_first else "B NT HV K V", sizes)
+    scale = checks.number_or("scale", scale, sizes["K"] ** -0.5)
+    storage_dtype = checks.storage(storage_dtype)
+    return _chunk_gla_fwd_o_gk(
+        *(q, v, g, A, chunking.turn(h, state_v_first), cu_seqlens),
+        **dict(scale=scale, use_exp2=use_exp2, storage_dtype=storage_dtype),
+    )
+
+
+@partial(jax.jit, static_argnames=("scale", "use_exp2", "storage_dtype"))
+def _chunk_gla_fwd_o_gk(q, v, g, A, h, cu_seqlens, *, scale, use_exp2, storage_dtype):
+    T, H, C, NT = q.shape[1], q.shape[2], A.shape[-1], h.shape[1]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    store = storage(storage_dtype)
+    chunks = chunking.Split(cu_seqlens, NT, T, C, H, dtype)
+    prefix, _, _ = from_cumsum(chunks.split_cumsum(g), use_exp2)
+    S = jnp.moveaxis(h, 1, 0).astype(dtype)  # [NT, B, HV, K, V]
+    S = S.reshape(*S.shape[:2], H, -1, *S.shape[3:])
+    Aqk = jnp.where(jnp.tril(jnp.ones((C, C), bool)), chunks.split(A), 0)
+    o = combine_o(S, store(chunks.split(q) * prefix), Aqk, chunks.split(v), scale, store)
+    return chunks.merge(o, v.dtype)

@@ -6,6 +6,7 @@ packed call is N sequences in one row. A chunk is read with the rows past its en
 written without them: nothing of one sequence can reach another.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,18 @@ def num_chunks(T, cu_seqlens, chunk_indices, C):
     return max_num_chunks(T, cu_seqlens.shape[0] - 1, C) if chunk_indices is None else chunk_indices.shape[0]
 
 
+def exact_num_chunks(T, cu_seqlens, chunk_indices, C):
+    """The same, but exact also where the values of cu_seqlens are known."""
+    if cu_seqlens is None or not concrete(cu_seqlens):
+        return num_chunks(T, cu_seqlens, chunk_indices, C)
+    return len(prepare_chunk_indices(cu_seqlens, C))
+
+
+def concrete(x):
+    """Whether the values of an array are known: not under a transformation."""
+    return not isinstance(x, jax.core.Tracer)
+
+
 def chunk_table(cu_seqlens, NT, C):
     """`Chunks` of the sequences [cu_seqlens[n], cu_seqlens[n + 1]), in sequence order."""
     cu_seqlens = cu_seqlens.astype(jnp.int32)
@@ -45,9 +58,14 @@ def chunk_table(cu_seqlens, NT, C):
     return Chunks(sequence, start, jnp.clip(cu_seqlens[sequence + 1] - start, 0, C))
 
 
+def prepare_lens(cu_seqlens):
+    """The length of each sequence: [N]."""
+    return jnp.diff(cu_seqlens)
+
+
 def prepare_chunk_offsets(cu_seqlens, chunk_size):
     """The index of each sequence's first chunk, and the number of chunks: [N + 1]."""
-    counts = -(-jnp.diff(cu_seqlens) // chunk_size)
+    counts = -(-prepare_lens(cu_seqlens) // chunk_size)
     return jnp.concatenate([jnp.zeros_like(counts[:1]), jnp.cumsum(counts, dtype=counts.dtype)])
 
 
@@ -60,6 +78,11 @@ def prepare_chunk_indices(cu_seqlens, chunk_size):
     sequence = np.repeat(np.arange(len(counts)), counts)
     first = np.repeat(np.cumsum(counts) - counts, counts)
     return np.stack([sequence, np.arange(len(sequence)) - first], axis=1).astype(cu_seqlens.dtype)
+
+
+def sequence_of_token(cu_seqlens, token):
+    """The sequence that each token belongs to; N at padding."""
+    return jnp.searchsorted(cu_seqlens[1:], token, side="right")
 
 
 def pad_tokens(x, C):
@@ -109,3 +132,57 @@ def merge_heads(x):
     """`split_heads` undone: [B, H, G, C, ...] to [B, C, HV, ...]."""
     x = jnp.moveaxis(x, 3, 1)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def split_states(initial_state, cu_seqlens, state_v_first, heads, K, V, dtype):
+    """The state of every sequence, [N, HV, K, V] or None for zeros, as [sequences, rows, H, G, K, V].
+
+    Packed, that is N sequences in one row; dense, one sequence in each of B rows. heads = (B, H, G).
+    """
+    B, H, G = heads
+    shape = (1, B, H, G, K, V) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 1, H, G, K, V)
+    if initial_state is None:
+        return jnp.zeros(shape, dtype)
+    return turn(initial_state, state_v_first).astype(dtype).reshape(shape)
+
+
+def merge_states(states, state_v_first):
+    """`split_states` undone: [N, HV, K, V], or [N, HV, V, K]."""
+    *_, H, G, K, V = states.shape
+    return turn(states.reshape(-1, H * G, K, V), state_v_first)
+
+
+def turn(states, state_v_first):
+    """States [..., K, V] to the layout of the caller, or from it: [..., V, K] with `state_v_first`."""
+    return jnp.swapaxes(states, -1, -2) if state_v_first else states
+
+
+class Split:
+    """All chunks at once, for a stage on its own: [B, T, HV, ...] to [NT, B, H, G, C, ...] and back."""
+
+    def __init__(self, cu_seqlens, NT, T, C, H, dtype):
+        self.T, self.C, self.H, self.dtype = T, C, H, dtype
+        self.cu_seqlens = jnp.array([0, T]) if cu_seqlens is None else cu_seqlens
+        self.table = chunk_table(self.cu_seqlens, NT, C)
+
+    def split(self, x):
+        """Rows past a chunk's end are zero."""
+        rows = jax.vmap(cut, (None, 0, 0, None))(pad_tokens(x, self.C), *self.table[1:], self.C)
+        return jax.vmap(split_heads, (0, None))(rows, self.H).astype(self.dtype)
+
+    def split_cumsum(self, x):
+        """Rows past a chunk's end repeat its last: a cumulative sum goes on there without decay."""
+        x = self.split(x)
+        row = jnp.minimum(jnp.arange(self.C), self.table.length[:, None] - 1)  # [NT, C]
+        return jax.vmap(partial(jnp.take, axis=3, mode="clip"))(x, row)
+
+    def merge(self, x, dtype):
+        """In `dtype`, or as it is for None; padding is zero."""
+        token = jnp.arange(self.T)
+        sequence = sequence_of_token(self.cu_seqlens, token)
+        offset = token - self.cu_seqlens[sequence]
+        chunk = prepare_chunk_offsets(self.cu_seqlens, self.C)[sequence] + offset // self.C
+        rows = jax.vmap(merge_heads)(x)[chunk, :, offset % self.C]  # [T, B, HV, ...]
+        inside = token < self.cu_seqlens[-1]
+        rows = jnp.where(inside.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
+        return jnp.moveaxis(rows, 0, 1).astype(dtype or x.dtype)

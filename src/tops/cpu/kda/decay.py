@@ -39,3 +39,20 @@ def double(rows, cols, total, s):
     rows = join(row_1, row_2 * total_1[..., None, :, :, :])
     cols = join(col_1 * total_2, col_2)
     return rows, cols, (total_1 * total_2)[..., 0, :]
+
+
+def from_cumsum(gk, use_exp2):
+    """The decays of a chunk from the cumulative sum of its log decays, as a stage on its own receives it.
+
+    gk [..., C, K], log2 with `use_exp2`, else nats. Returns D(i<-0) [..., C, K], D(C<-j) [..., C, K] and
+    D(C<-0) [..., K].
+    """
+    exp = jnp.exp2 if use_exp2 else jnp.exp
+    last = gk[..., -1:, :]
+    return exp(gk), exp(last - gk), exp(last)[..., 0, :]
+
+
+def of_tokens(gk, use_exp2):
+    """The decay a_i of each token, exp(gk_i - gk_{i-1}), from the same cumulative sum."""
+    exp = jnp.exp2 if use_exp2 else jnp.exp
+    return exp(jnp.diff(gk, axis=-2, prepend=jnp.zeros_like(gk[..., :1, :])))

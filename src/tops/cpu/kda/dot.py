@@ -1,4 +1,4 @@
-"""The one way to contract: full precision, accumulated in the operands' own dtype."""
+"""The one way to contract, at full precision, and the one way to round an intermediate."""
 
 import math
 
@@ -23,3 +23,13 @@ def dot(subscripts, x, y, parts=1):
     while len(terms) > 1:
         terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
     return terms[0]
+
+
+def storage(dtype):
+    """How an intermediate is stored: rounded to `dtype` and widened again, or kept as it is for None."""
+
+    def store(x):
+        # The barrier keeps XLA from dropping the two conversions as excess precision.
+        return x if dtype is None else lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)
+
+    return store

@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from . import checks, chunking
 
 RCP_LN2 = 1.4426950408889634  # 1 / ln 2: nats to log2
 L2NORM_EPS = 1e-6
@@ -23,8 +26,8 @@ def l2norm(x):
     return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2NORM_EPS)
 
 
-def kda_gate(g, A_log, dt_bias, lower_bound):
-    """The log decay, in nats, of raw gates g [..., HV, K]; A_log [HV], dt_bias [HV * K], each may be None.
+def log_decay(g, A_log, dt_bias, lower_bound):
+    """The log decay, in nats, of raw gates g [..., HV, K]; A_log [HV] and dt_bias [HV * K] may be None.
 
     lower_bound is None:  -exp(A_log) * softplus(g + dt_bias)
     else:                 lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
@@ -37,10 +40,123 @@ def kda_gate(g, A_log, dt_bias, lower_bound):
 
 def activate(q, k, g, beta, A_log, dt_bias, activations):
     """(q, k, g, beta) as the recurrence takes them; in token layout, in the accumulator dtype."""
+    A_log, dt_bias = (None if x is None else x.astype(g.dtype) for x in (A_log, dt_bias))
     if activations.qk_l2norm:
         q, k = l2norm(q), l2norm(k)
     if activations.gate:
-        g = kda_gate(g, A_log, dt_bias, activations.lower_bound)
+        g = log_decay(g, A_log, dt_bias, activations.lower_bound)
     if activations.beta_scale is not None:
         beta = activations.beta_scale * jax.nn.sigmoid(beta)
     return q, k, g, beta
+
+
+def cumsum(g, axis, reverse=False):
+    """Cumulative sum, one token after the other.
+
+    A scan by doubling would round neighbours apart. What reads the sums takes differences of them, and
+    summed in order, a step between neighbours is rounded just once.
+    """
+    g = jnp.moveaxis(g, axis, 0)
+    _, sums = lax.scan(lambda total, x: (total + x,) * 2, jnp.zeros_like(g[0]), g, reverse=reverse)
+    return jnp.moveaxis(sums, 0, axis)
+
+
+def kda_gate_fwd(g, A_log=None, dt_bias=None, lower_bound=None, output_dtype=jnp.float32):
+    """The log decay of raw gates.
+
+        lower_bound is None:  -exp(A_log) * softplus(g + dt_bias)
+        else:                 lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
+
+    Args:
+        g: [..., HV, K], raw; float64, float32, bfloat16 or float16, as everything here.
+        A_log: [HV]; may be None beside `lower_bound`: then exp(A_log) is 1.
+        dt_bias: [HV * K] or None.
+        lower_bound: a number or None.
+        output_dtype: the dtype of the result.
+
+    Returns:
+        [..., HV, K], log decay in nats.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: `fla.ops.kda.gate.kda_gate_fwd`, `fused_kda_gate`.
+    """
+    checks.raw_gate(g, A_log, dt_bias, lower_bound)
+    output_dtype = checks.storage(output_dtype, "output_dtype")
+    A_log, dt_bias = (None if x is None else _widen(x) for x in (A_log, dt_bias))
+    return log_decay(_widen(g), A_log, dt_bias, lower_bound).astype(output_dtype)
+
+
+fused_kda_gate = kda_gate_fwd
+
+
+def naive_kda_gate(g, A_log, dt_bias=None, output_dtype=jnp.float32):
+    """`kda_gate_fwd` without a lower bound, under FLA's name: -exp(A_log) * softplus(g + dt_bias)."""
+    return kda_gate_fwd(g, A_log, dt_bias, None, output_dtype)
+
+
+def naive_kda_lowerbound_gate(g, A_log=None, dt_bias=None, lower_bound=-5.0, output_dtype=jnp.float32):
+    """`kda_gate_fwd` with a lower bound, named as in FLA: lower_bound * sigmoid(exp(A_log) (g + dt_bias))."""
+    return kda_gate_fwd(g, A_log, dt_bias, lower_bound, output_dtype)
+
+
+def chunk_local_cumsum(
+    g,
+    chunk_size,
+    reverse=False,
+    scale=None,
+    cu_seqlens=None,
+    output_dtype=jnp.float32,
+    chunk_indices=None,
+):
+    """The cumulative sum over each chunk: G_i = scale * (g_1 + ... + g_i), or g_i + ... + g_C with `reverse`.
+
+    Args:
+        g: [B, T, HV] or [B, T, HV, K]; float64, float32, bfloat16 or float16.
+        chunk_size: C, one of 16, 32, 64, 128.
+        reverse: sum from the chunk's end.
+        scale: a number, None is 1; 1 / ln 2 turns nats into log2.
+        cu_seqlens, chunk_indices: as for `chunk_kda_fwd`.
+        output_dtype: the dtype of the result.
+
+    Returns:
+        The shape of g, in g's unit times `scale`; zero at padding.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: `fla.ops.utils.cumsum.chunk_local_cumsum`.
+    """
+    sizes = {}
+    checks.tensor("g", g, "B T HV" if jnp.ndim(g) == 3 else "B T HV K", sizes)
+    checks.sequences(cu_seqlens, sizes)
+    checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    scale = checks.number_or("scale", scale, 1.0)
+    output_dtype = checks.storage(output_dtype, "output_dtype")
+    NT = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
+    chunks = chunking.Split(cu_seqlens, NT, sizes["T"], chunk_size, sizes["HV"], _widen(g[:0]).dtype)
+    return chunks.merge(cumsum(scale * chunks.split(g), 4, reverse), output_dtype)
+
+
+def kda_gate_chunk_cumsum(
+    g,
+    A_log,
+    chunk_size,
+    scale=None,
+    dt_bias=None,
+    cu_seqlens=None,
+    output_dtype=jnp.float32,
+    chunk_indices=None,
+    lower_bound=None,
+):
+    """`chunk_local_cumsum` of `kda_gate_fwd`, with their arguments: what `chunk_kda_fwd` returns as g.
+
+    Source: `fla.ops.kda.gate.kda_gate_chunk_cumsum`.
+    """
+    decay = kda_gate_fwd(g, A_log, dt_bias, lower_bound, _widen(g[:0]).dtype)
+    return chunk_local_cumsum(decay, chunk_size, False, scale, cu_seqlens, output_dtype, chunk_indices)
+
+
+def _widen(x):
+    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))

@@ -1,15 +1,83 @@
 """Stage 2: the WY representation, w and u."""
 
-from .dot import dot
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from . import checks, chunking
+from .decay import from_cumsum
+from .dot import dot, storage
 
 
-def recompute_w_u(Akk, k_in, v, beta):
-    """What a chunk would erase of, and write to, a state that it has not seen yet.
+def recompute_w_u(Akk, k_in, v, beta, store):
+    """What a chunk erases of, and writes to, a state that it has not seen yet.
 
         w = Akk (beta * k * D(i<-0))      u = Akk (beta * v)
 
-    Akk [..., C, C], k_in = k * D(i<-0) [..., C, K], v [..., C, V], beta [..., C].
-    Returns w [..., C, K] and u [..., C, V].
+    Akk [..., C, C], k_in = k * D(i<-0) [..., C, K], v [..., C, V], beta [..., C]; `store` rounds what FLA
+    stores. Returns w [..., C, K] and u [..., C, V].
     """
     beta = beta[..., None]
-    return dot("...ij,...jk->...ik", Akk, beta * k_in), dot("...ij,...jv->...iv", Akk, beta * v)
+    w = dot("...ij,...jk->...ik", Akk, store(beta * k_in))
+    u = dot("...ij,...jv->...iv", Akk, store(beta * v))
+    return store(w), store(u)
+
+
+def recompute_w_u_fwd(
+    k, v, beta, A, gk, q=None, cu_seqlens=None, chunk_indices=None, *, use_exp2=True, storage_dtype=None
+):
+    """Stage 2 on its own, in token layout.
+
+        w = A (beta * k * D(i<-0))      u = A (beta * v)
+        qg = q * D(i<-0)                kg = k * D(C<-j)
+
+    Args:
+        k: [B, T, H, K]; float64, float32, bfloat16 or float16, as everything here.
+        v: [B, T, HV, V]; HV = G * H, value head h reads q/k head h // G.
+        beta: [B, T, HV].
+        A: [B, T, HV, C], the inverse Akk of `chunk_kda_fwd_intra`.
+        gk: [B, T, HV, K], chunk-local cumulative sum of the log decays, finite; in `use_exp2`'s unit.
+        q: [B, T, H, K], or None: then qg is None.
+        cu_seqlens, chunk_indices: as for `chunk_kda_fwd`.
+        use_exp2: the unit of gk, log2 (as `chunk_kda_fwd` returns g) or nats.
+        storage_dtype: round w, u, qg, kg and the operands of the products to it; None keeps them.
+
+    Returns:
+        w [B, T, HV, K], u [B, T, HV, V], qg [B, T, HV, K] or None, kg [B, T, HV, K]; in `storage_dtype`, or
+        else in promote_types(k.dtype, float32). Zero at padding.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.wy_fast.recompute_w_u_fwd`.
+    """
+    sizes = {}
+    checks.tensor("k", k, "B T H K", sizes)
+    checks.tensor("v", v, "B T HV V", sizes)
+    checks.tensor("beta", beta, "B T HV", sizes)
+    checks.tensor("A", A, "B T HV C", sizes)
+    checks.tensor("gk", gk, "B T HV K", sizes)
+    if q is not None:
+        checks.tensor("q", q, "B T H K", sizes)
+    checks.grouped("v", sizes)
+    checks.sequences(cu_seqlens, sizes)
+    checks.chunks(sizes["C"], cu_seqlens, chunk_indices, sizes["T"])
+    storage_dtype = checks.storage(storage_dtype)
+    NT = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, sizes["C"])
+    return _recompute_w_u_fwd(
+        k, v, beta, A, gk, q, cu_seqlens, NT=NT, use_exp2=use_exp2, storage_dtype=storage_dtype
+    )
+
+
+@partial(jax.jit, static_argnames=("NT", "use_exp2", "storage_dtype"))
+def _recompute_w_u_fwd(k, v, beta, A, gk, q, cu_seqlens, *, NT, use_exp2, storage_dtype):
+    T, H, C = k.shape[1], k.shape[2], A.shape[-1]
+    dtype = jnp.promote_types(k.dtype, jnp.float32)
+    store = storage(storage_dtype)
+    chunks = chunking.Split(cu_seqlens, NT, T, C, H, dtype)
+    prefix, suffix, _ = from_cumsum(chunks.split_cumsum(gk), use_exp2)
+    k = chunks.split(k)
+    w, u = recompute_w_u(chunks.split(A), k * prefix, chunks.split(v), chunks.split(beta), store)
+    qg = None if q is None else chunks.split(q) * prefix
+    return tuple(None if x is None else chunks.merge(x, storage_dtype) for x in (w, u, qg, k * suffix))

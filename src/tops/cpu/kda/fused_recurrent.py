@@ -1,0 +1,105 @@
+"""Token by token with `chunk_kda`'s options: the decode path."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import checks, chunking
+from .dot import dot
+from .gate import Activations, activate
+
+
+def fused_recurrent_kda(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    A_log=None,
+    dt_bias=None,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    use_gate_in_kernel=False,
+    use_beta_sigmoid_in_kernel=False,
+    allow_neg_eigval=False,
+    safe_gate=False,
+    lower_bound=None,
+    state_v_first=False,
+    cu_seqlens=None,
+    *,
+    transpose_state_layout=None,
+):
+    """What `chunk_kda` computes, one token after the other: for a few tokens a sequence.
+
+        S'  = diag(exp(g_t)) S_{t-1}
+        S_t = S' + beta_t k_t (v_t - k_t^T S')^T
+        o_t = scale * q_t^T S_t
+
+    Args:
+        As for `chunk_kda`, without its chunks. One token of each of N sequences is a call with
+        cu_seqlens = arange(N + 1) or, faster still, a dense call with B = N and T = 1.
+
+    Returns:
+        o [B, T, HV, V] in v's dtype, zero at padding, and the final state [N, HV, K, V] or None, in the
+        arithmetic's dtype, promote_types(q.dtype, float32).
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.fused_recurrent.fused_recurrent_kda`.
+    """
+    state_v_first = checks.layout(state_v_first, transpose_state_layout)
+    scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
+    checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
+    activations = Activations(
+        qk_l2norm=use_qk_l2norm_in_kernel,
+        gate=use_gate_in_kernel,
+        lower_bound=lower_bound,
+        beta_scale=checks.sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval),
+    )
+    o, final_state = _scan_tokens(
+        *(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens),
+        **dict(scale=scale, activations=activations, state_v_first=state_v_first),
+    )
+    return o, final_state if output_final_state else None
+
+
+@partial(jax.jit, static_argnames=("scale", "activations", "state_v_first"))
+def _scan_tokens(
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, *, scale, activations, state_v_first
+):
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    states = chunking.split_states(initial_state, cu_seqlens, state_v_first, (B, H, HV // H), K, V, dtype)
+
+    def step(states, token):
+        n, *x = token
+        S = lax.dynamic_index_in_dim(states, n, keepdims=False)  # [B, H, G, K, V]
+        q, k, v, g, beta = (y[:, None].astype(dtype) for y in x)  # [B, 1, HV, ...]
+        q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations)
+        q, k, v, g, beta = (chunking.split_heads(y, H)[..., 0, :] for y in (q, k, v, g, beta[..., None]))
+        S_next, o = one_token(S, q, k, v, g, beta, scale)
+        # Padding belongs to no sequence: it may not touch the state of the last.
+        inside = n < states.shape[0]
+        states = lax.dynamic_update_index_in_dim(states, jnp.where(inside, S_next, S), n, axis=0)
+        return states, jnp.where(inside, o, 0).reshape(B, HV, V).astype(v_dtype)
+
+    v_dtype = v.dtype
+    token = jnp.arange(T)
+    sequence = jnp.zeros(T, int) if cu_seqlens is None else chunking.sequence_of_token(cu_seqlens, token)
+    inputs = (jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta))
+    states, o = lax.scan(step, states, (sequence, *inputs))
+    return jnp.moveaxis(o, 0, 1), chunking.merge_states(states, state_v_first)
+
+
+def one_token(S, q, k, v, g, beta, scale):
+    """The recurrence: S [..., K, V], q, k, g [..., K], v [..., V], beta [..., 1] to (S_t, o_t [..., V])."""
+    S = jnp.exp(g)[..., None] * S
+    error = v - dot("...k,...kv->...v", k, S)
+    S = S + k[..., None] * (beta * error)[..., None, :]
+    return S, scale * dot("...k,...kv->...v", q, S)

@@ -1,0 +1,85 @@
+"""FLA's own kernels on numpy arrays: compiled where there is CUDA, in Triton's interpreter elsewhere.
+
+float32 products are taken in float32, not TF32, in both. The interpreter needs four more changes around FLA,
+none of them to what a kernel computes:
+
+    TRITON_INTERPRET=1           before Triton is imported
+    one configuration a kernel   there is nothing to time
+    no `gather`                  the interpreter has none; FLA has a path without
+    a range of `Index`           FLA calls `.to` on a loop index, which is a plain int there
+
+Its bfloat16 arithmetic is wrong: without CUDA, float16 alone shows the rounding of what FLA stores.
+"""
+
+import builtins
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+WHY = "parity with FLA needs torch, triton and fla-core"
+torch = pytest.importorskip("torch", reason=WHY)
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+STORAGE_DTYPES = [np.float16, jnp.bfloat16] if CUDA else [np.float16]
+os.environ |= {"TRITON_F32_DEFAULT": "ieee"} if CUDA else {"TRITON_INTERPRET": "1"}
+triton = pytest.importorskip("triton", reason=WHY)
+
+
+class Index(int):
+    def to(self, dtype):
+        return self
+
+
+def only_one_configuration(tune):
+    def init(self, fn, arg_names, configs, *args, **kwargs):
+        tune(self, fn, arg_names, configs[-1:], *args, **kwargs)
+
+    return init
+
+
+with pytest.MonkeyPatch.context() as patch:
+    if not CUDA:
+        autotuner = triton.runtime.autotuner.Autotuner
+        patch.setattr(autotuner, "__init__", only_one_configuration(autotuner.__init__))
+    kda = pytest.importorskip("fla.ops.kda", reason=WHY)
+    intra = pytest.importorskip("fla.ops.kda.chunk_intra")
+    forward = pytest.importorskip("fla.ops.kda.chunk_fwd")
+    delta_h = pytest.importorskip("fla.ops.common.chunk_delta_h")
+
+intra.SOLVE_TRIL_DOT_PRECISION = intra.SAFE_GATE_DOT_PRECISION = triton.language.constexpr("ieee")
+if not CUDA:
+    intra.IS_GATHER_SUPPORTED = False
+    delta_h.range = lambda *args: map(Index, builtins.range(*args))
+
+FIELDS = ("o", "final_state", "g", "Aqk", "Akk", "w", "u", "qg", "kg", "v_new", "h", "initial_state")
+
+
+def chunk_kda_fwd(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, **options):
+    """FLA's `chunk_kda_fwd`: its fields by name, numpy or None."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    made = run(forward.chunk_kda_fwd, q, k, v, g, beta, scale, initial_state, output_final_state, **options)
+    return dict(zip(FIELDS, made, strict=True))
+
+
+def run(op, *args, **kwargs):
+    """`op` with numpy arrays for tensors, both ways."""
+    args, kwargs = [to_torch(x) for x in args], {name: to_torch(x) for name, x in kwargs.items()}
+    with np.errstate(all="ignore"), torch.no_grad():  # lanes that are masked away overflow
+        made = op(*args, **kwargs)
+    return tuple(map(to_numpy, made)) if isinstance(made, tuple) else to_numpy(made)
+
+
+def to_torch(x):
+    if not isinstance(x, np.ndarray):
+        return x
+    if x.dtype == jnp.bfloat16:
+        return torch.tensor(x.astype(np.float32), device=DEVICE).bfloat16()
+    return torch.tensor(x, device=DEVICE)
+
+
+def to_numpy(x):
+    if x is None:
+        return None
+    return x.float().cpu().numpy().astype(jnp.bfloat16) if x.dtype == torch.bfloat16 else x.cpu().numpy()
