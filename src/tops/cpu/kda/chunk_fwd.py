@@ -169,7 +169,7 @@ def scan_chunks(
 
     def compute(S, start, length):
         q, k, v, g, beta = (chunking.cut(x, start, length, C).astype(dtype) for x in inputs)
-        q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations)
+        q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, store)
         g = chunking.keep_rows(g, length)  # an activated gate is not 0 where there is no token
         S, made = one_chunk(S, *(chunking.split_heads(x, H) for x in (q, k, v, g, beta)), scale, store)
         return S, {field: chunking.merge_heads(made[field]) for field in buffers}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import checks, chunking
-from .dot import dot
+from .dot import dot, storage
 from .gate import Activations, activate
 
 
@@ -80,8 +80,10 @@ def _scan_tokens(
     def step(states, token):
         n, *x = token
         S = lax.dynamic_index_in_dim(states, n, keepdims=False)  # [B, H, G, K, V]
+        # Read before write: else XLA copies all states for every token to update them in place.
+        S, states = lax.optimization_barrier((S, states))
         q, k, v, g, beta = (y[:, None].astype(dtype) for y in x)  # [B, 1, HV, ...]
-        q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations)
+        q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, storage(None))
         q, k, v, g, beta = (chunking.split_heads(y, H)[..., 0, :] for y in (q, k, v, g, beta[..., None]))
         S_next, o = one_token(S, q, k, v, g, beta, scale)
         # Padding belongs to no sequence: it may not touch the state of the last.

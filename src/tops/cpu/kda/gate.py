@@ -38,11 +38,14 @@ def log_decay(g, A_log, dt_bias, lower_bound):
     return lower_bound * jax.nn.sigmoid(g if A_log is None else jnp.exp(A_log)[:, None] * g)
 
 
-def activate(q, k, g, beta, A_log, dt_bias, activations):
-    """(q, k, g, beta) as the recurrence takes them; in token layout, in the accumulator dtype."""
+def activate(q, k, g, beta, A_log, dt_bias, activations, store):
+    """(q, k, g, beta) as the recurrence takes them; in token layout, in the accumulator dtype.
+
+    `store` rounds what FLA stores: of these, the normalised q and k.
+    """
     A_log, dt_bias = (None if x is None else x.astype(g.dtype) for x in (A_log, dt_bias))
     if activations.qk_l2norm:
-        q, k = l2norm(q), l2norm(k)
+        q, k = store(l2norm(q)), store(l2norm(k))
     if activations.gate:
         g = log_decay(g, A_log, dt_bias, activations.lower_bound)
     if activations.beta_scale is not None:
