@@ -67,7 +67,7 @@ def chunk_gated_delta_rule_fwd_h(
 
     Returns:
         h [B, NT, HV, K, V] and v_new [B, T, HV, V] or None, in `storage_dtype`, or else in the arithmetic's
-        dtype, promote_types(k.dtype, float32); the final state [N, HV, K, V] or None, in that dtype always.
+        dtype, the widest of k, w, u and float32; the final state [N, HV, K, V] or None, in that dtype always.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -102,7 +102,7 @@ def _chunk_gated_delta_rule_fwd_h(
     k, w, u, g, gk, initial_state, cu_seqlens, *, NT, C, state_v_first, use_exp2, storage_dtype
 ):
     T, H, K = k.shape[1:]
-    dtype = jnp.promote_types(k.dtype, jnp.float32)
+    dtype = jnp.result_type(jnp.float32, k, w, u)
     store = storage(storage_dtype)
     chunks = chunking.Split(cu_seqlens, NT, T, C, H, dtype)
     k, w, u = chunks.split(k), chunks.split(w), chunks.split(u)

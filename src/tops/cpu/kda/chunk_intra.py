@@ -100,7 +100,8 @@ def chunk_kda_fwd_intra(
 
     Returns:
         w [B, T, HV, K], u [B, T, HV, V], qg [B, T, HV, K] or None, kg [B, T, HV, K], Aqk and Akk
-        [B, T, HV, C]; in `storage_dtype`, or else in promote_types(k.dtype, float32). Zero at padding.
+        [B, T, HV, C]; in `storage_dtype`, or else in the widest dtype of the arguments, float32 or wider.
+        Zero at padding.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -131,7 +132,7 @@ def chunk_kda_fwd_intra(
 def _chunk_kda_fwd_intra(q, k, v, gk, beta, cu_seqlens, *, NT, C, scale, use_exp2, storage_dtype):
     T, H = q.shape[1:3]
     store = storage(storage_dtype)
-    chunks = chunking.Split(cu_seqlens, NT, T, C, H, jnp.promote_types(k.dtype, jnp.float32))
+    chunks = chunking.Split(cu_seqlens, NT, T, C, H, jnp.result_type(jnp.float32, q, k, v, gk, beta))
     a = of_tokens(chunks.split_cumsum(gk), use_exp2)
     q, k, v, beta = (chunks.split(x) for x in (q, k, v, beta))
     chunk = intra(q, k, a, beta, scale, store)

@@ -86,7 +86,7 @@ def chunk_gla_fwd_o_gk(
 @partial(jax.jit, static_argnames=("scale", "use_exp2", "storage_dtype"))
 def _chunk_gla_fwd_o_gk(q, v, g, A, h, cu_seqlens, *, scale, use_exp2, storage_dtype):
     T, H, C, NT = q.shape[1], q.shape[2], A.shape[-1], h.shape[1]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dtype = jnp.result_type(jnp.float32, q, v, g, A, h)
     store = storage(storage_dtype)
     chunks = chunking.Split(cu_seqlens, NT, T, C, H, dtype)
     prefix, _, _ = from_cumsum(chunks.split_cumsum(g), use_exp2)

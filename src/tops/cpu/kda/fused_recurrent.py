@@ -77,19 +77,26 @@ def _scan_tokens(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     states = chunking.split_states(initial_state, cu_seqlens, state_v_first, (B, H, HV // H), K, V, dtype)
 
+    def compute(S, q, k, v, g, beta):
+        q, k, v, g, beta = (y[:, None].astype(dtype) for y in (q, k, v, g, beta))  # [B, 1, HV, ...]
+        q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, storage(None))
+        q, k, v, g, beta = (chunking.split_heads(y, H)[..., 0, :] for y in (q, k, v, g, beta[..., None]))
+        S, o = one_token(S, q, k, v, g, beta, scale)
+        return S, o.reshape(B, HV, V).astype(v_dtype)
+
+    def pad(S, q, k, v, g, beta):
+        return S, jnp.zeros((B, HV, V), v_dtype)
+
     def step(states, token):
         n, *x = token
         S = lax.dynamic_index_in_dim(states, n, keepdims=False)  # [B, H, G, K, V]
         # Read before write: else XLA copies all states for every token to update them in place.
         S, states = lax.optimization_barrier((S, states))
-        q, k, v, g, beta = (y[:, None].astype(dtype) for y in x)  # [B, 1, HV, ...]
-        q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, storage(None))
-        q, k, v, g, beta = (chunking.split_heads(y, H)[..., 0, :] for y in (q, k, v, g, beta[..., None]))
-        S_next, o = one_token(S, q, k, v, g, beta, scale)
-        # Padding belongs to no sequence: it may not touch the state of the last.
-        inside = n < states.shape[0]
-        states = lax.dynamic_update_index_in_dim(states, jnp.where(inside, S_next, S), n, axis=0)
-        return states, jnp.where(inside, o, 0).reshape(B, HV, V).astype(v_dtype)
+        if cu_seqlens is None:
+            S, o = compute(S, *x)
+        else:  # padding belongs to no sequence, n = N: it may not touch the state of the last
+            S, o = lax.cond(n < states.shape[0], compute, pad, S, *x)
+        return lax.dynamic_update_index_in_dim(states, S, n, axis=0), o
 
     v_dtype = v.dtype
     token = jnp.arange(T)

@@ -45,7 +45,7 @@ def recompute_w_u_fwd(
 
     Returns:
         w [B, T, HV, K], u [B, T, HV, V], qg [B, T, HV, K] or None, kg [B, T, HV, K]; in `storage_dtype`, or
-        else in promote_types(k.dtype, float32). Zero at padding.
+        else in the widest dtype of the arguments, float32 or wider. Zero at padding.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -73,7 +73,7 @@ def recompute_w_u_fwd(
 @partial(jax.jit, static_argnames=("NT", "use_exp2", "storage_dtype"))
 def _recompute_w_u_fwd(k, v, beta, A, gk, q, cu_seqlens, *, NT, use_exp2, storage_dtype):
     T, H, C = k.shape[1], k.shape[2], A.shape[-1]
-    dtype = jnp.promote_types(k.dtype, jnp.float32)
+    dtype = jnp.result_type(jnp.float32, k, v, beta, A, gk)
     store = storage(storage_dtype)
     chunks = chunking.Split(cu_seqlens, NT, T, C, H, dtype)
     prefix, suffix, _ = from_cumsum(chunks.split_cumsum(gk), use_exp2)
