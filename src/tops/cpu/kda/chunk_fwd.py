@@ -92,9 +92,9 @@ def chunk_kda_fwd(
         transpose_state_layout: the deprecated name of `state_v_first`.
 
     Returns:
-        `ChunkKDAForward`. o has v's dtype, what FLA stores in k's dtype has `storage_dtype`, and everything
-        else (all but o without `storage_dtype`) the arithmetic's, promote_types(q.dtype, float32). Zero where
-        no sequence has a token or a chunk.
+        `ChunkKDAForward`. o has v's dtype; final_state and g have the arithmetic's, promote_types(q.dtype,
+        float32); the others have `storage_dtype`, or else the arithmetic's. All are zero where no sequence
+        has a token or a chunk.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -135,9 +135,8 @@ def forward(
         **dict(activations=activations, fields=fields, storage_dtype=storage_dtype),
     )
     if "h" in made:
-        made["h"] = made["h"][
-            :, : chunking.exact_num_chunks(q.shape[1], cu_seqlens, chunk_indices, chunk_size)
-        ]
+        NT = chunking.exact_num_chunks(q.shape[1], cu_seqlens, chunk_indices, chunk_size)
+        made["h"] = made["h"][:, :NT]
     return final_state, made
 
 
