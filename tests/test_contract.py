@@ -300,6 +300,19 @@ def test_storage_dtype_rounds_what_fla_stores(packed, storage_dtype):
     assert relative_error(o.astype(np.float32), np.asarray(fields.o, np.float64)) <= step
 
 
+def test_storage_dtype_rounds_the_normalised_q_and_k():
+    """As rounding them by hand, but for float32's last bits, which may turn a rounding."""
+    (q, k, v, g, beta), _ = case(dtype=np.float32)
+    q, k = 3 * q, 2 * k
+    inside, _ = chunk_kda(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, storage_dtype=np.float16)
+    q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+    rounded = (x.astype(np.float16).astype(np.float32) for x in (q, k))
+    outside, _ = chunk_kda(*rounded, v, g, beta, storage_dtype=np.float16)
+    unrounded, _ = chunk_kda(q, k, v, g, beta, storage_dtype=np.float16)
+    expected = np.asarray(outside, np.float64)
+    assert 4 * relative_error(inside, expected) <= relative_error(unrounded, expected)
+
+
 def test_bfloat16_inputs_are_widened_a_chunk_at_a_time():
     """Temporaries do not grow with T, whatever is activated in the scan; o alone is kept wide by old JAX."""
 

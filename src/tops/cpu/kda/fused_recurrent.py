@@ -90,8 +90,6 @@ def _scan_tokens(
     def step(states, token):
         n, *x = token
         S = lax.dynamic_index_in_dim(states, n, keepdims=False)  # [B, H, G, K, V]
-        # Read before write: else XLA copies all states for every token to update them in place.
-        S, states = lax.optimization_barrier((S, states))
         if cu_seqlens is None:
             S, o = compute(S, *x)
         else:  # padding belongs to no sequence, n = N: it may not touch the state of the last
