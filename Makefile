@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fla lint figures clean
+.PHONY: demo test test-fla bench lint figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tops.cpu.kda
@@ -12,6 +12,10 @@ test: $(VENV)/.installed
 
 test-fla: $(VENV)-fla/.installed
 	$(VENV)-fla/bin/python -m pytest tests/fla
+
+# The peers need Python >= 3.12 and its JAX; --other and --fla time what the other environments have.
+bench: $(VENV)/.installed $(VENV)-bench/.installed
+	$(VENV)-bench/bin/python benchmarks/run.py --other $(BIN)/python --fla $(VENV)-fla/bin/python
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -32,5 +36,11 @@ $(VENV)-fla/.installed: pyproject.toml
 	$(VENV)-fla/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' --editable '.[test,fla]'
 	touch $@
 
+NEWEST = $(shell .ci/newest-python)
+$(VENV)-bench/.installed: pyproject.toml
+	$(or $(NEWEST),$(PYTHON)) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-fla .venv-newest
+	rm -rf $(VENV) $(VENV)-fla $(VENV)-bench .venv-newest

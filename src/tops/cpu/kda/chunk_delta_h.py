@@ -18,11 +18,15 @@ def delta_h(S, w, u, kg, decay, store):
 
     S [..., K, V], w [..., C, K], u [..., C, V], kg = k * D(C<-j) [..., C, K], decay = D(C<-0) [..., K];
     `store` rounds what FLA stores. Returns v_new [..., C, V] and the state that leaves the chunk.
-
-    These two products feed the state that all later chunks read: their sums are taken in parts.
     """
     v_new = store(u - dot("...ik,...kv->...iv", w, store(S), parts=4))
-    return v_new, decay[..., None] * S + dot("...jk,...jv->...kv", kg, v_new, parts=4)
+    return v_new, next_state(S, kg, v_new, decay)
+
+
+def next_state(S, kg, v_new, decay):
+    """D(C<-0) S + kg^T v_new, the state that leaves the chunk."""
+    kg_t = lax.optimization_barrier(jnp.swapaxes(kg, -1, -2))  # XLA's product of a transposed left is slow
+    return decay[..., None] * S + dot("...kj,...jv->...kv", kg_t, v_new)
 
 
 def chunk_gated_delta_rule_fwd_h(
@@ -112,17 +116,17 @@ def _chunk_gated_delta_rule_fwd_h(
         k, decay = k * suffix, decay * total
     if gk is not None:
         decay = decay * from_cumsum(chunks.split_cumsum(gk), use_exp2)[2]
-    states = chunking.split_states(
-        initial_state, cu_seqlens, state_v_first, w.shape[1:4], K, u.shape[-1], dtype
-    )
+    packed = cu_seqlens is not None
+    N = cu_seqlens.shape[0] - 1 if packed else w.shape[1]
+    HV, V = w.shape[2] * w.shape[3], u.shape[-1]
+    states = chunking.first_states(initial_state, N, HV, K, V, state_v_first, dtype)
 
     def step(states, chunk):
         n, w, u, k, decay = chunk
-        S = lax.dynamic_index_in_dim(states, n, keepdims=False)
+        S = chunking.read_state(states, n, w.shape[1], packed)
         v_new, S_next = delta_h(S, w, u, k, decay, store)
-        return lax.dynamic_update_index_in_dim(states, S_next, n, axis=0), (S, v_new)
+        return chunking.write_state(states, S_next, n, packed), (S, v_new)
 
     states, (h, v_new) = lax.scan(step, states, (chunks.table.sequence, w, u, k, decay))
-    h = chunking.merge_states(h, state_v_first)
-    h = jnp.moveaxis(h.reshape(NT, -1, *h.shape[1:]), 0, 1).astype(storage_dtype or dtype)
-    return h, chunks.merge(v_new, storage_dtype), chunking.merge_states(states, state_v_first)
+    h = chunking.merge_states(h, state_v_first).astype(storage_dtype or dtype)
+    return h, chunks.merge(v_new, storage_dtype), chunking.turn(states, state_v_first)

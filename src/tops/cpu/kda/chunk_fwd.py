@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import checks, chunking
-from .chunk_delta_h import delta_h
-from .chunk_intra import intra
+from .chunk_delta_h import delta_h, next_state
+from .chunk_intra import intra, solve, triangles
 from .chunk_o import combine_o
-from .dot import storage
+from .dot import dot, storage
 from .gate import RCP_LN2, Activations, activate, cumsum
 from .wy_fast import recompute_w_u
 
@@ -152,8 +152,10 @@ def scan_chunks(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    store = storage(storage_dtype)
-    chunks = chunking.chunk_table(jnp.array([0, T]) if cu_seqlens is None else cu_seqlens, NT, C)
+    packed = cu_seqlens is not None
+    chunks = chunking.chunk_table(cu_seqlens if packed else jnp.array([0, T]), NT, C)
+    if not packed and T % C == 0:
+        chunks = chunks._replace(length=None)
     inputs = [chunking.pad_tokens(x, C) for x in (q, k, v, g, beta)]
 
     width = dict(o=V, g=K, Aqk=C, Akk=C, w=K, u=V, qg=K, kg=K, v_new=V)
@@ -166,12 +168,22 @@ def scan_chunks(
         if field != "h"
     }
 
+    def read(start, length):
+        return [chunking.cut(x, start, length, C).astype(dtype) for x in inputs]
+
     def compute(S, start, length):
-        q, k, v, g, beta = (chunking.cut(x, start, length, C).astype(dtype) for x in inputs)
-        q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, store)
+        if length is None:
+            q, k, v, g, beta = read(start, None)
+        else:
+            q, k, v, g, beta = lax.cond(length == C, lambda: read(start, None), lambda: read(start, length))
+        q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, storage(storage_dtype))
         g = chunking.keep_rows(g, length)  # an activated gate is not 0 where there is no token
-        S, made = one_chunk(S, *(chunking.split_heads(x, H) for x in (q, k, v, g, beta)), scale, store)
-        return S, {field: chunking.merge_heads(made[field]) for field in buffers}
+        heads = (chunking.split_heads(x, H) for x in (q, k, v, g, beta))
+        S, made = one_chunk(S, *heads, scale, storage_dtype, buffers)
+        made = {field: chunking.merge_heads(made[field]) for field in buffers if field != "g"}
+        if "g" in buffers:
+            made["g"] = cumsum(RCP_LN2 * g, axis=1)
+        return S, made
 
     def idle(S, start, length):
         return S, {field: jnp.zeros((B, C, HV, width[field]), dtype) for field in buffers}
@@ -179,33 +191,48 @@ def scan_chunks(
     def step(carry, chunk):
         states, buffers = carry
         n, start, length = chunk
-        S = lax.dynamic_index_in_dim(states, n, keepdims=False)
-        if cu_seqlens is None:
-            S_next, rows = compute(S, start, length)
-        else:  # NT is a bound: skip the chunks that this packing does not need
+        S = chunking.read_state(states, n, H, packed)
+        if packed:  # NT is a bound: skip the chunks that this packing does not need
             S_next, rows = lax.cond(length > 0, compute, idle, S, start, length)
-        states = lax.dynamic_update_index_in_dim(states, S_next, n, axis=0)
+            entered = jnp.where(length > 0, S, 0)
+        else:
+            S_next, rows = compute(S, start, length)
+            entered = S
+        states = chunking.write_state(states, S_next, n, packed)
         buffers = {field: chunking.put(x, rows[field], start, length) for field, x in buffers.items()}
-        return (states, buffers), jnp.where(length > 0, S, 0).astype(stored["h"]) if "h" in fields else None
+        return (states, buffers), entered.astype(stored["h"]) if "h" in fields else None
 
-    states = chunking.split_states(initial_state, cu_seqlens, state_v_first, (B, H, HV // H), K, V, dtype)
+    N = cu_seqlens.shape[0] - 1 if packed else B
+    states = chunking.first_states(initial_state, N, HV, K, V, state_v_first, dtype)
     (states, made), h = lax.scan(step, (states, buffers), chunks)
     made = {field: x[:, :T].astype(stored[field]) for field, x in made.items()}
     if "h" in fields:
-        h = chunking.merge_states(h, state_v_first)  # [NT * B, HV, K, V]
-        made["h"] = jnp.moveaxis(h.reshape(NT, B, *h.shape[1:]), 0, 1)
-    return chunking.merge_states(states, state_v_first), made
+        made["h"] = chunking.merge_states(h, state_v_first)
+    return chunking.turn(states, state_v_first), made
 
 
-def one_chunk(S, q, k, v, g, beta, scale, store):
-    """The four stages on one chunk: the state that leaves it, and everything they made on the way.
+def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
+    """The four stages on one chunk: the state that leaves it, and what they made of `fields`.
 
-    S [..., K, V], the state that enters; q, k, g [..., C, K]; v [..., C, V]; beta [..., C]; `store` rounds
-    what FLA stores.
+    S [..., K, V], the state that enters; q, k, g [..., C, K]; v [..., C, V]; beta [..., C].
+
+    Stages 2 and 3 meet in `v_new = Akk beta (v - k_in S)`, which is `u - w S` without u and w. With a
+    `storage_dtype` they go apart, as in FLA's kernels, which round u and w.
     """
-    chunk = intra(q, k, jnp.exp(g), beta, scale, store)
-    w, u = recompute_w_u(chunk.Akk, chunk.k_in, v, beta, store)
-    v_new, S_next = delta_h(S, w, u, chunk.kg, chunk.decay, store)
-    o = combine_o(S, chunk.qg, chunk.Aqk, v_new, scale, store)
-    made = dict(o=o, Aqk=chunk.Aqk, Akk=chunk.Akk, w=w, u=u, qg=chunk.qg, kg=chunk.kg, v_new=v_new)
-    return S_next, made | dict(g=cumsum(RCP_LN2 * g, g.ndim - 2))
+    store = storage(storage_dtype)
+    chunk = intra(q, k, jnp.exp(g))
+    made = {}
+    if storage_dtype is not None or {"Aqk", "Akk", "w", "u"} & set(fields):
+        made["Aqk"], made["Akk"] = (store(x) for x in triangles(chunk, beta, scale))
+    if storage_dtype is not None or {"w", "u"} & set(fields):
+        made["w"], made["u"] = recompute_w_u(made["Akk"], chunk.x_in[..., 1::2, :], v, beta, store)
+    made |= dict(qg=store(chunk.x_in[..., 0::2, :]), kg=store(chunk.kg))
+    if storage_dtype is None:
+        seen = dot("...ik,...kv->...iv", chunk.x_in, S, parts=2)
+        v_new, read = solve(chunk, beta, beta[..., None] * (v - seen[..., 1::2, :]))
+        S_next = next_state(S, chunk.kg, v_new, chunk.decay)
+        o = scale * (seen[..., 0::2, :] + read)
+    else:
+        v_new, S_next = delta_h(S, made["w"], made["u"], made["kg"], chunk.decay, store)
+        o = combine_o(S, made["qg"], made["Aqk"], v_new, scale, store)
+    return S_next, made | dict(o=o, v_new=v_new)

@@ -1,64 +1,133 @@
 """Stage 1: the two triangles inside a chunk, Aqk and Akk."""
 
-import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from . import checks, chunking
 from .decay import double, halves, of_tokens
 from .dot import dot, storage
 from .wy_fast import recompute_w_u
 
+BLOCK = 16  # tokens of the blocks in which (I + L) is inverted; of a chunk size at least
+
 
 class Intra(NamedTuple):
-    """What stage 1 hands on; the decayed q and k are what the doubling ends with."""
+    """What stage 1 hands on: the scores, as the doubling leaves them, and what it ends with.
 
-    Aqk: jax.Array  # [..., C, C]  scale * sum_d q_i k_j D(i<-j), j <= i
-    Akk: jax.Array  # [..., C, C]  (I + L)^-1
-    qg: jax.Array  # [..., C, K]   q_i * D(i<-0)
-    k_in: jax.Array  # [..., C, K] k_i * D(i<-0)
-    kg: jax.Array  # [..., C, K]   k_j * D(C<-j)
-    decay: jax.Array  # [..., K]   D(C<-0)
-
-
-def intra(q, k, a, beta, scale, store):
-    """The causal scores of one chunk and the inverse of its delta-rule system.
-
-        Aqk[i,j] = scale * sum_d q_i k_j D(i<-j)      j <= i
-        L[i,j]   = beta_i * sum_d k_i k_j D(i<-j)     j <  i
-        Akk      = (I + L)^-1
-
-    q, k [..., C, K], with leading dimensions that broadcast against a's; a = exp(g) [..., C, K];
-    beta [..., C]; C a power of two; `store` rounds what FLA stores. Returns an `Intra`.
-
-    All three triangles grow by doubling. The blocks on the diagonal stand; the scores below them are
-    one matrix product (see `decay`); the inverse below them follows from
-    [[M1, 0], [L21, M2]]^-1 = [[M1^-1, 0], [-M2^-1 L21 M1^-1, M2^-1]].
+    Rows of q and of k take turns: row 2i of `inside`, `below` and `x_in` is q_i's, row 2i + 1 is k_i's.
     """
-    C = a.shape[-2]
-    rows = jnp.stack([q * a, k * a], axis=-3)  # [..., 2, C, K]
+
+    inside: jax.Array  # [..., C/b, 2b, b]  x_i . k_j D(i<-j) inside blocks of b = BLOCK tokens
+    below: tuple  # [..., C/2s, 2s, s] for s = b, 2b, ..., C/2: the second half of 2s tokens by the first
+    x_in: jax.Array  # [..., 2C, K]  x_i * D(i<-0)
+    kg: jax.Array  # [..., C, K]  k_j * D(C<-j)
+    decay: jax.Array  # [..., K]  D(C<-0)
+
+
+def intra(q, k, a):
+    """The causal scores of one chunk, of q (diagonal included) and of k (below it) with k.
+
+        x_i . k_j D(i<-j) = sum_d x_i k_j D(i<-j)      x = q, k
+
+    q, k [..., C, K], with leading dimensions that broadcast against a's; a = exp(g) [..., C, K]; C a power
+    of two, 16 or more. Returns an `Intra`.
+
+    The triangle grows by doubling: the scores between the two halves of a block of 2s tokens are one
+    matrix product (see `decay`).
+    """
+    *lead, C, K = a.shape
+    rows = lax.optimization_barrier((jnp.stack([q, k], axis=-2) * a[..., None, :]).reshape(*lead, 2 * C, K))
     cols = jnp.broadcast_to(k, a.shape)
     total = a
-    Aqk = jnp.broadcast_to(scale * jnp.sum(q * k, axis=-1), beta.shape)[..., None, None]
-    Akk = jnp.ones_like(Aqk)  # [..., C/s, s, s], the blocks on the diagonal
-    L = jnp.zeros_like(Aqk)
+    diagonal = dot("...ik,...k->...i", (q * k).reshape(-1, K), jnp.ones(K, k.dtype))  # XLA's sum is slow
+    diagonal = jnp.broadcast_to(diagonal.reshape(k.shape[:-1]), (*lead, C))
+    inside = jnp.stack([diagonal, jnp.zeros_like(diagonal)], axis=-1)[..., None]
+    below = ()
     s = 1
     while s < C:
-        scores = _scores(halves(rows, s)[1], halves(cols, s)[0])
-        L21 = halves(beta[..., None], s)[1] * scores[..., 1, :, :, :]
-        Akk21 = -_product(Akk[..., 1::2, :, :], _product(L21, Akk[..., 0::2, :, :]))
-        Aqk = _set_below(Aqk, scale * scores[..., 0, :, :, :])
-        Akk = _set_below(Akk, Akk21)
-        L = _set_below(L, L21)
-        rows, cols, total = double(rows, cols, total, s)
+        n = C // (2 * s)
+        scores = dot("...ik,...jk->...ij", halves(rows, n)[1], halves(cols, n)[0], parts=4)
+        if s < BLOCK:
+            inside = _set_below(inside, scores)
+        else:
+            below += (scores,)
+        rows, cols, total = double(rows, cols, total)
         s *= 2
-    Aqk, Akk, L = (x[..., 0, :, :] for x in (Aqk, Akk, L))
-    Akk = _refine_inverse(Akk, L)
-    qg, k_in = rows[..., 0, :, :], rows[..., 1, :, :]
-    return Intra(store(Aqk), store(Akk), store(qg), k_in, store(cols), total[..., 0, :])
+    return Intra(inside, below, rows, cols, total[..., 0, :])
+
+
+def solve(chunk, beta, r):
+    """y = Akk r without Akk, and what q reads of y: z_i = sum_j q_i . k_j D(i<-j) y_j.
+
+        y_i = r_i - beta_i sum_j k_i . k_j D(i<-j) y_j      j < i
+
+    beta [..., C], r [..., C, V]. Returns y and z, [..., C, V].
+
+    Forward substitution, by blocks. Inside a block (I + L)^-1 is applied; what a first half leaves for the
+    second, and for its queries, is one product.
+    """
+    *lead, n, _, b = chunk.inside.shape
+    inverse = invert(beta.reshape(*lead, n, b, 1) * chunk.inside[..., 1::2, :])
+    y, z = _substitute(inverse, chunk.below, beta[..., None], r)
+    inside = dot("...ij,...jv->...iv", chunk.inside[..., 0::2, :], y.reshape(*lead, n, b, -1))
+    return y, z + inside.reshape(y.shape)
+
+
+def _substitute(inverse, below, beta, r):
+    """`solve` with the inverse of every block at hand, but for what q reads inside the blocks."""
+    n = inverse.shape[-3]
+    if n == 1:
+        y = dot("...ij,...jv->...iv", inverse[..., 0, :, :], r)
+        return y, jnp.zeros_like(y)
+    inverse_1, inverse_2 = jnp.split(inverse, 2, axis=-3)
+    below_1, below_2 = ([jnp.split(x, 2, axis=-3)[i] for x in below[:-1]] for i in range(2))
+    beta_1, beta_2 = jnp.split(beta, 2, axis=-2)
+    r_1, r_2 = jnp.split(r, 2, axis=-2)
+    y_1, z_1 = _substitute(inverse_1, below_1, beta_1, r_1)
+    seen = dot("...ij,...jv->...iv", below[-1][..., 0, :, :], y_1)
+    y_2, z_2 = _substitute(inverse_2, below_2, beta_2, r_2 - beta_2 * seen[..., 1::2, :])
+    return jnp.concatenate([y_1, y_2], axis=-2), jnp.concatenate([z_1, z_2 + seen[..., 0::2, :]], axis=-2)
+
+
+def invert(L):
+    """(I + L)^-1 of strictly lower triangles [..., b, b], row by row: X_i = I_i - sum_j L_ij X_j."""
+    b = L.shape[-1]
+    columns = jnp.moveaxis(L.reshape(-1, b, b), 0, -1)  # every block in one vector
+    rows = []
+    for i, unit in enumerate(jnp.eye(b, dtype=L.dtype)[..., None]):
+        row = jnp.broadcast_to(unit, columns.shape[1:])
+        for j in range(i):
+            row = row - columns[i, j] * rows[j]
+        # Behind the barrier XLA computes a row once, not anew in all that follow.
+        rows.append(lax.optimization_barrier(row))
+    return jnp.moveaxis(jnp.stack(rows), -1, 0).reshape(L.shape)
+
+
+def triangles(chunk, beta, scale):
+    """The two triangles as matrices.
+
+        Aqk[i,j] = scale * sum_d q_i k_j D(i<-j)     j <= i
+        Akk      = (I + L)^-1,  L[i,j] = beta_i * sum_d k_i k_j D(i<-j), j < i
+
+    beta [..., C]. Returns Aqk and Akk, [..., C, C].
+    """
+    scores = chunk.inside
+    for below in chunk.below:
+        scores = _set_below(scores, below)
+    Aqk = scale * scores[..., 0, 0::2, :]
+    Akk, _ = solve(chunk, beta, jnp.broadcast_to(jnp.eye(Aqk.shape[-1], dtype=Aqk.dtype), Aqk.shape))
+    return Aqk, Akk
+
+
+def _set_below(diagonal, below):
+    """Diagonal blocks [..., 2n, R, s] in pairs, and the block below each pair, as [..., n, 2R, 2s]."""
+    upper = jnp.concatenate([diagonal[..., 0::2, :, :], jnp.zeros_like(below)], axis=-1)
+    lower = jnp.concatenate([below, diagonal[..., 1::2, :, :]], axis=-1)
+    return jnp.concatenate([upper, lower], axis=-2)
 
 
 def chunk_kda_fwd_intra(
@@ -135,46 +204,8 @@ def _chunk_kda_fwd_intra(q, k, v, gk, beta, cu_seqlens, *, NT, C, scale, use_exp
     chunks = chunking.Split(cu_seqlens, NT, T, C, H, jnp.result_type(jnp.float32, q, k, v, gk, beta))
     a = of_tokens(chunks.split_cumsum(gk), use_exp2)
     q, k, v, beta = (chunks.split(x) for x in (q, k, v, beta))
-    chunk = intra(q, k, a, beta, scale, store)
-    w, u = recompute_w_u(chunk.Akk, chunk.k_in, v, beta, store)
-    made = w, u, chunk.qg, chunk.kg, chunk.Aqk, chunk.Akk
+    chunk = intra(q, k, a)
+    Aqk, Akk = (store(x) for x in triangles(chunk, beta, scale))
+    w, u = recompute_w_u(Akk, chunk.x_in[..., 1::2, :], v, beta, store)
+    made = w, u, store(chunk.x_in[..., 0::2, :]), store(chunk.kg), Aqk, Akk
     return tuple(chunks.merge(x, storage_dtype) for x in made)
-
-
-def _scores(rows, cols):
-    """rows_i . cols_j for two sets of rows, [..., 2, n, s, K] and [..., n, s, K] to [..., 2, n, s, s].
-
-    Summed pairwise over parts of K. One long sum errs the same way for every pair of equal keys, and with
-    beta near 2 a chunk amplifies a shift that all of L shares: shorter sums shift it less.
-    """
-    parts = math.gcd(rows.shape[-1], 8)
-    rows, cols = (x.reshape(*x.shape[:-1], parts, -1) for x in (rows, cols))
-    scores = dot("...rnipk,...njpk->...prnij", rows, cols)
-    while parts > 1:
-        parts //= 2
-        scores = scores[..., :parts, :, :, :, :] + scores[..., parts:, :, :, :, :]
-    return scores[..., 0, :, :, :, :]
-
-
-def _set_below(diagonal, below):
-    """Diagonal blocks [..., 2n, s, s] in pairs, and the block below each pair, as [..., n, 2s, 2s]."""
-    upper = jnp.concatenate([diagonal[..., 0::2, :, :], jnp.zeros_like(below)], axis=-1)
-    lower = jnp.concatenate([below, diagonal[..., 1::2, :, :]], axis=-1)
-    return jnp.concatenate([upper, lower], axis=-2)
-
-
-def _product(x, y):
-    """x @ y for blocks [..., s, s]; blocks of up to 4 are too small to be worth a call to the matrix unit."""
-    if x.shape[-1] <= 4:
-        return jnp.sum(x[..., :, :, None] * y[..., None, :, :], axis=-2)
-    return dot("...ij,...jk->...ik", x, y)
-
-
-def _refine_inverse(X, L):
-    """One Newton step, X + X (I - (I + L) X).
-
-    It squares the residual of the inverse: what the blocks lost comes back (with equal keys and beta near 2
-    their products cancel), up to the rounding of the step itself.
-    """
-    residual = jnp.eye(X.shape[-1], dtype=X.dtype) - X - dot("...ij,...jk->...ik", L, X)
-    return X + dot("...ij,...jk->...ik", X, residual)

@@ -20,7 +20,7 @@ class Chunks(NamedTuple):
 
     sequence: jax.Array
     start: jax.Array
-    length: jax.Array
+    length: jax.Array | None  # None: every chunk is whole
 
 
 def max_num_chunks(T, N, C):
@@ -91,30 +91,43 @@ def pad_tokens(x, C):
 
 
 def cut(x, start, length, C):
-    """The chunk [start, start + length) of x [B, T, ...], zero up to C rows: [B, C, ...]."""
+    """The chunk [start, start + length) of x [B, T, ...], zero up to C rows: [B, C, ...].
+
+    A length of None is C, known before the program runs: nothing is selected.
+    """
     # A slice may not reach past the end of x: take the last C tokens there, and move them up.
     # Before JAX 0.11 XLA widens 16-bit arrays whole, ahead of the scan, unless the slice hides x from it.
     x, start = lax.optimization_barrier((x, start))
+    if length is None:
+        return lax.dynamic_slice_in_dim(x, start, C, axis=1)
     begin = jnp.minimum(start, x.shape[1] - C)
     rows = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
-    rows = jnp.take(rows, jnp.arange(C) + (start - begin), axis=1, mode="clip")
-    return keep_rows(rows, length)
+    return keep_rows(jnp.take(rows, jnp.arange(C) + (start - begin), axis=1, mode="clip"), length)
 
 
 def keep_rows(rows, length):
     """rows [B, C, ...] with those from `length` on selected away."""
+    if length is None:
+        return rows
     return jnp.where(_over_rows(jnp.arange(rows.shape[1]) < length, rows), rows, 0)
 
 
 def put(x, rows, start, length):
     """x [B, T, ...] with its tokens [start, start + length) replaced by the first rows of [B, C, ...]."""
     C = rows.shape[1]
+    rows = lax.optimization_barrier(rows.astype(x.dtype))
+    if length is None:
+        return lax.dynamic_update_slice_in_dim(x, rows, start, axis=1)
     begin = jnp.minimum(start, x.shape[1] - C)
-    index = jnp.arange(C) - (start - begin)
-    rows = jnp.take(rows.astype(x.dtype), index, axis=1, mode="clip")
-    inside = _over_rows((index >= 0) & (index < length), x)
-    old = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
-    return lax.dynamic_update_slice_in_dim(x, jnp.where(inside, rows, old), begin, axis=1)
+
+    def among_old_rows():
+        index = jnp.arange(C) - (start - begin)
+        inside = _over_rows((index >= 0) & (index < length), x)
+        old = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
+        return jnp.where(inside, jnp.take(rows, index, axis=1, mode="clip"), old)
+
+    rows = lax.cond(length == C, lambda: rows, among_old_rows)
+    return lax.dynamic_update_slice_in_dim(x, rows, begin, axis=1)
 
 
 def _over_rows(mask, x):
@@ -134,22 +147,28 @@ def merge_heads(x):
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def split_states(initial_state, cu_seqlens, state_v_first, heads, K, V, dtype):
-    """The state of every sequence, [N, HV, K, V] or None for zeros, as [sequences, rows, H, G, K, V].
-
-    Packed, that is N sequences in one row; dense, one sequence in each of B rows. heads = (B, H, G).
-    """
-    B, H, G = heads
-    shape = (1, B, H, G, K, V) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 1, H, G, K, V)
+def first_states(initial_state, N, HV, K, V, state_v_first, dtype):
+    """The state that each sequence starts from, [N, HV, K, V]; zeros for None."""
     if initial_state is None:
-        return jnp.zeros(shape, dtype)
-    return turn(initial_state, state_v_first).astype(dtype).reshape(shape)
+        return jnp.zeros((N, HV, K, V), dtype)
+    return turn(initial_state, state_v_first).astype(dtype)
 
 
-def merge_states(states, state_v_first):
-    """`split_states` undone: [N, HV, K, V], or [N, HV, V, K]."""
-    *_, H, G, K, V = states.shape
-    return turn(states.reshape(-1, H * G, K, V), state_v_first)
+def read_state(states, n, H, packed):
+    """What a chunk works on, [B, H, G, K, V], of states [N, HV, K, V]: sequence n's, or every row's."""
+    S = lax.dynamic_slice_in_dim(states, n, 1) if packed else states
+    return S.reshape(S.shape[0], H, -1, *S.shape[2:])
+
+
+def write_state(states, S, n, packed):
+    """`read_state` undone."""
+    S = S.reshape(-1, *states.shape[1:])
+    return lax.dynamic_update_slice_in_dim(states, S, n, axis=0) if packed else S
+
+
+def merge_states(h, state_v_first):
+    """What enters the chunks, [NT, B, H, G, K, V], in the layout of the caller: [B, NT, HV, ...]."""
+    return turn(jnp.moveaxis(h.reshape(*h.shape[:2], -1, *h.shape[4:]), 0, 1), state_v_first)
 
 
 def turn(states, state_v_first):

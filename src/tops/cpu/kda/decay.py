@@ -4,7 +4,7 @@
 token i. Cut a chunk into blocks of s tokens and keep, for every block,
 
     rows_i = x_i * D(i <- block start)     what x_i sees of the state that enters the block
-    cols_j = x_j * D(block end <- j)       what is left of x_j when the block ends
+    cols_j = k_j * D(block end <- j)       what is left of k_j when the block ends
     total  = D(block end <- block start)
 
 Two neighbouring blocks meet in the middle, and there `D(i<-j) = D(i<-middle) * D(middle<-j)`: the
@@ -14,31 +14,32 @@ lies in [0, 1]: nothing overflows, nothing cancels, and a gate of -inf is an exa
 """
 
 import jax.numpy as jnp
+from jax import lax
 
 
-def halves(x, s):
-    """[..., C, X], blocks of s tokens, as the first and the second of each pair: [..., C/2s, s, X]."""
-    pairs = x.reshape(*x.shape[:-2], -1, 2, s, x.shape[-1])
+def halves(x, n):
+    """x [..., X, K] cut into n blocks, as the first and the second half of each: [..., n, X/2n, K]."""
+    pairs = x.reshape(*x.shape[:-2], n, 2, -1, x.shape[-1])
     return pairs[..., 0, :, :], pairs[..., 1, :, :]
 
 
-def join(first, second):
-    """`halves` undone."""
-    pairs = jnp.stack([first, second], axis=-3)
-    return pairs.reshape(*pairs.shape[:-4], -1, pairs.shape[-1])
+def double(rows, cols, total):
+    """From blocks of s tokens to n blocks of 2s.
 
-
-def double(rows, cols, total, s):
-    """From blocks of s tokens to blocks of 2s.
-
-    rows [..., R, C, K] (R operands that share the decays), cols [..., C, K], total [..., C/s, K].
+    rows [..., R * C, K] (R rows a token), cols [..., C, K], total [..., 2n, K].
     """
-    row_1, row_2 = halves(rows, s)
-    col_1, col_2 = halves(cols, s)
-    total_1, total_2 = halves(total, 1)  # [..., C/2s, 1, K]
-    rows = join(row_1, row_2 * total_1[..., None, :, :, :])
-    cols = join(col_1 * total_2, col_2)
-    return rows, cols, (total_1 * total_2)[..., 0, :]
+    first, second = total[..., 0::2, :], total[..., 1::2, :]
+    rows = _scale_half(rows, 1, first)
+    cols = _scale_half(cols, 0, second)
+    # Behind the barrier XLA computes a total once, not anew for every row that it scales.
+    return rows, cols, lax.optimization_barrier(first * second)
+
+
+def _scale_half(x, which, factor):
+    """x [..., X, K] in n blocks, the first (0) or second (1) half of each times factor [..., n, K]."""
+    pairs = x.reshape(*factor.shape[:-1], 2, -1, x.shape[-1])
+    half = jnp.arange(2)[:, None, None]
+    return (pairs * jnp.where(half == which, factor[..., None, None, :], 1)).reshape(x.shape)
 
 
 def from_cumsum(gk, use_exp2):

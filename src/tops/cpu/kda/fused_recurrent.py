@@ -75,7 +75,9 @@ def _scan_tokens(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    states = chunking.split_states(initial_state, cu_seqlens, state_v_first, (B, H, HV // H), K, V, dtype)
+    packed = cu_seqlens is not None
+    N = cu_seqlens.shape[0] - 1 if packed else B
+    states = chunking.first_states(initial_state, N, HV, K, V, state_v_first, dtype)
 
     def compute(S, q, k, v, g, beta):
         q, k, v, g, beta = (y[:, None].astype(dtype) for y in (q, k, v, g, beta))  # [B, 1, HV, ...]
@@ -89,19 +91,19 @@ def _scan_tokens(
 
     def step(states, token):
         n, *x = token
-        S = lax.dynamic_index_in_dim(states, n, keepdims=False)  # [B, H, G, K, V]
-        if cu_seqlens is None:
+        S = chunking.read_state(states, n, H, packed)
+        if packed:  # padding belongs to no sequence, n = N: it may not touch the state of the last
+            S, o = lax.cond(n < N, compute, pad, S, *x)
+        else:
             S, o = compute(S, *x)
-        else:  # padding belongs to no sequence, n = N: it may not touch the state of the last
-            S, o = lax.cond(n < states.shape[0], compute, pad, S, *x)
-        return lax.dynamic_update_index_in_dim(states, S, n, axis=0), o
+        return chunking.write_state(states, S, n, packed), o
 
     v_dtype = v.dtype
     token = jnp.arange(T)
-    sequence = jnp.zeros(T, int) if cu_seqlens is None else chunking.sequence_of_token(cu_seqlens, token)
+    sequence = chunking.sequence_of_token(cu_seqlens, token) if packed else jnp.zeros(T, int)
     inputs = (jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta))
     states, o = lax.scan(step, states, (sequence, *inputs))
-    return jnp.moveaxis(o, 0, 1), chunking.merge_states(states, state_v_first)
+    return jnp.moveaxis(o, 0, 1), chunking.turn(states, state_v_first)
 
 
 def one_token(S, q, k, v, g, beta, scale):
