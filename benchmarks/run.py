@@ -81,7 +81,7 @@ def run(workers):
         {
             "dot": (ours, dict(op="dot", shape=[2048, 2048])),
             "chunk_kda": (ours, dict(op="chunk_kda", **LAYER)),
-            "packed": (ours, dict(op="chunk_kda", **LAYER, documents_=25)),
+            "packed": (ours, dict(op="chunk_kda", **LAYER, documents=25)),
             "bfloat16": (ours, dict(op="chunk_kda", **LAYER, dtype="bfloat16")),
             "chunk_kda_fwd": (ours, dict(op="chunk_kda_fwd", **LAYER)),
             "recurrence": (ours, dict(op="recurrence", **LAYER)),
@@ -122,7 +122,7 @@ def run(workers):
     print("compilation ...", flush=True)
     results["compile"] = {
         f"T={T} N={N}": ours.ask(
-            prepare="compile", op="chunk_kda", T=T, H=32, documents_=N if N > 1 else None, compile_only=True
+            prepare="compile", op="chunk_kda", T=T, H=32, documents=N if N > 1 else None, compile_only=True
         )
         for T, N in ((2048, 1), (65536, 1), (2048, 100), (65536, 100))
     }

@@ -22,7 +22,7 @@ def inputs(T, H, K=128, V=128, seed=0):
     return q, k, v, g, beta
 
 
-def documents(T, N):
+def cu_seqlens_of(T, N):
     """cu_seqlens of N documents of uneven lengths that fill T tokens."""
     cuts = np.random.default_rng(0).choice(np.arange(1, T), N - 1, replace=False)
     return np.array([0, *sorted(cuts), T], np.int32)
@@ -54,7 +54,7 @@ class Jax:
             )
 
     def prepare(
-        self, op, T=0, H=0, documents_=None, tokens=None, dtype="float32", shape=None, compile_only=False
+        self, op, T=0, H=0, documents=None, tokens=None, dtype="float32", shape=None, compile_only=False
     ):
         jax, jnp = self.jax, self.jax.numpy
         options = dict(output_final_state=True)
@@ -66,8 +66,8 @@ class Jax:
             options["cu_seqlens"] = np.arange(tokens + 1, dtype=np.int32)
         else:
             arrays = inputs(64, H) if compile_only else inputs(T, H)
-            if documents_:
-                options["cu_seqlens"] = documents(T, documents_)
+            if documents:
+                options["cu_seqlens"] = cu_seqlens_of(T, documents)
         arrays = [jnp.asarray(x, dtype) for x in arrays]
         if compile_only:
             arrays = [jax.ShapeDtypeStruct((1, T, *x.shape[2:]), x.dtype) for x in arrays]

@@ -168,16 +168,12 @@ def scan_chunks(
         if field != "h"
     }
 
-    def read(start, length):
-        return [chunking.cut(x, start, length, C).astype(dtype) for x in inputs]
-
-    def compute(S, start, length):
-        if length is None:
-            q, k, v, g, beta = read(start, None)
-        else:
-            q, k, v, g, beta = lax.cond(length == C, lambda: read(start, None), lambda: read(start, length))
+    def compute(states, n, start, length):
+        S = chunking.read_state(states, n, H, packed)
+        q, k, v, g, beta = (chunking.cut(x, start, length, C).astype(dtype) for x in inputs)
         q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, storage(storage_dtype))
-        g = chunking.keep_rows(g, length)  # an activated gate is not 0 where there is no token
+        if activations.gate:  # an activated gate is not 0 where there is no token
+            g = chunking.keep_rows(g, length)
         heads = (chunking.split_heads(x, H) for x in (q, k, v, g, beta))
         S, made = one_chunk(S, *heads, scale, storage_dtype, buffers)
         made = {field: chunking.merge_heads(made[field]) for field in buffers if field != "g"}
@@ -185,22 +181,22 @@ def scan_chunks(
             made["g"] = cumsum(RCP_LN2 * g, axis=1)
         return S, made
 
-    def idle(S, start, length):
+    def idle(states, n, start, length):
+        S = chunking.read_state(states, n, H, packed)
         return S, {field: jnp.zeros((B, C, HV, width[field]), dtype) for field in buffers}
 
     def step(carry, chunk):
         states, buffers = carry
         n, start, length = chunk
-        S = chunking.read_state(states, n, H, packed)
+        h = chunking.read_state(states, n, H, packed) if "h" in fields else None
         if packed:  # NT is a bound: skip the chunks that this packing does not need
-            S_next, rows = lax.cond(length > 0, compute, idle, S, start, length)
-            entered = jnp.where(length > 0, S, 0)
+            S, rows = lax.cond(length > 0, compute, idle, states, n, start, length)
+            h = None if h is None else jnp.where(length > 0, h, 0)
         else:
-            S_next, rows = compute(S, start, length)
-            entered = S
-        states = chunking.write_state(states, S_next, n, packed)
+            S, rows = compute(states, n, start, length)
+        states = chunking.write_state(states, S, n, packed)
         buffers = {field: chunking.put(x, rows[field], start, length) for field, x in buffers.items()}
-        return (states, buffers), entered.astype(stored["h"]) if "h" in fields else None
+        return (states, buffers), None if h is None else h.astype(stored["h"])
 
     N = cu_seqlens.shape[0] - 1 if packed else B
     states = chunking.first_states(initial_state, N, HV, K, V, state_v_first, dtype)

@@ -119,14 +119,10 @@ def put(x, rows, start, length):
     if length is None:
         return lax.dynamic_update_slice_in_dim(x, rows, start, axis=1)
     begin = jnp.minimum(start, x.shape[1] - C)
-
-    def among_old_rows():
-        index = jnp.arange(C) - (start - begin)
-        inside = _over_rows((index >= 0) & (index < length), x)
-        old = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
-        return jnp.where(inside, jnp.take(rows, index, axis=1, mode="clip"), old)
-
-    rows = lax.cond(length == C, lambda: rows, among_old_rows)
+    index = jnp.arange(C) - (start - begin)
+    inside = _over_rows((index >= 0) & (index < length), x)
+    old = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
+    rows = jnp.where(inside, jnp.take(rows, index, axis=1, mode="clip"), old)
     return lax.dynamic_update_slice_in_dim(x, rows, begin, axis=1)
 
 
