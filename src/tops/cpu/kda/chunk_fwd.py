@@ -9,10 +9,11 @@ from jax import lax
 
 from . import checks, chunking
 from .chunk_delta_h import delta_h, next_state
-from .chunk_intra import intra, solve, triangles
+from .chunk_intra import intra, triangles
 from .chunk_o import combine_o
 from .dot import dot, storage
 from .gate import RCP_LN2, Activations, activate, cumsum
+from .solve import solve
 from .wy_fast import recompute_w_u
 
 
@@ -225,7 +226,8 @@ def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
     made |= dict(qg=store(chunk.x_in[..., 0::2, :]), kg=store(chunk.kg))
     if storage_dtype is None:
         seen = dot("...ik,...kv->...iv", chunk.x_in, S, parts=2)
-        v_new, read = solve(chunk, beta, beta[..., None] * (v - seen[..., 1::2, :]))
+        r = beta[..., None] * (v - seen[..., 1::2, :])
+        v_new, read = solve(chunk.inside, chunk.below, beta, r)
         S_next = next_state(S, chunk.kg, v_new, chunk.decay)
         o = scale * (seen[..., 0::2, :] + read)
     else:

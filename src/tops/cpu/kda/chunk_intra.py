@@ -10,6 +10,7 @@ from jax import lax
 from . import checks, chunking
 from .decay import double, halves, of_tokens
 from .dot import dot, storage
+from .solve import solve
 from .wy_fast import recompute_w_u
 
 BLOCK = 16  # tokens of the blocks in which (I + L) is inverted; of a chunk size at least
@@ -40,7 +41,8 @@ def intra(q, k, a):
     matrix product (see `decay`).
     """
     *lead, C, K = a.shape
-    rows = lax.optimization_barrier((jnp.stack([q, k], axis=-2) * a[..., None, :]).reshape(*lead, 2 * C, K))
+    rows = (jnp.stack([q, k], axis=-2) * a[..., None, :]).reshape(*lead, 2 * C, K)
+    rows = lax.optimization_barrier(rows)  # made once, not anew at every level
     cols = jnp.broadcast_to(k, a.shape)
     total = a
     diagonal = dot("...ik,...k->...i", (q * k).reshape(-1, K), jnp.ones(K, k.dtype))  # XLA's sum is slow
@@ -60,53 +62,6 @@ def intra(q, k, a):
     return Intra(inside, below, rows, cols, total[..., 0, :])
 
 
-def solve(chunk, beta, r):
-    """y = Akk r without Akk, and what q reads of y: z_i = sum_j q_i . k_j D(i<-j) y_j.
-
-        y_i = r_i - beta_i sum_j k_i . k_j D(i<-j) y_j      j < i
-
-    beta [..., C], r [..., C, V]. Returns y and z, [..., C, V].
-
-    Forward substitution, by blocks. Inside a block (I + L)^-1 is applied; what a first half leaves for the
-    second, and for its queries, is one product.
-    """
-    *lead, n, _, b = chunk.inside.shape
-    inverse = invert(beta.reshape(*lead, n, b, 1) * chunk.inside[..., 1::2, :])
-    y, z = _substitute(inverse, chunk.below, beta[..., None], r)
-    inside = dot("...ij,...jv->...iv", chunk.inside[..., 0::2, :], y.reshape(*lead, n, b, -1))
-    return y, z + inside.reshape(y.shape)
-
-
-def _substitute(inverse, below, beta, r):
-    """`solve` with the inverse of every block at hand, but for what q reads inside the blocks."""
-    n = inverse.shape[-3]
-    if n == 1:
-        y = dot("...ij,...jv->...iv", inverse[..., 0, :, :], r)
-        return y, jnp.zeros_like(y)
-    inverse_1, inverse_2 = jnp.split(inverse, 2, axis=-3)
-    below_1, below_2 = ([jnp.split(x, 2, axis=-3)[i] for x in below[:-1]] for i in range(2))
-    beta_1, beta_2 = jnp.split(beta, 2, axis=-2)
-    r_1, r_2 = jnp.split(r, 2, axis=-2)
-    y_1, z_1 = _substitute(inverse_1, below_1, beta_1, r_1)
-    seen = dot("...ij,...jv->...iv", below[-1][..., 0, :, :], y_1)
-    y_2, z_2 = _substitute(inverse_2, below_2, beta_2, r_2 - beta_2 * seen[..., 1::2, :])
-    return jnp.concatenate([y_1, y_2], axis=-2), jnp.concatenate([z_1, z_2 + seen[..., 0::2, :]], axis=-2)
-
-
-def invert(L):
-    """(I + L)^-1 of strictly lower triangles [..., b, b], row by row: X_i = I_i - sum_j L_ij X_j."""
-    b = L.shape[-1]
-    columns = jnp.moveaxis(L.reshape(-1, b, b), 0, -1)  # every block in one vector
-    rows = []
-    for i, unit in enumerate(jnp.eye(b, dtype=L.dtype)[..., None]):
-        row = jnp.broadcast_to(unit, columns.shape[1:])
-        for j in range(i):
-            row = row - columns[i, j] * rows[j]
-        # Behind the barrier XLA computes a row once, not anew in all that follow.
-        rows.append(lax.optimization_barrier(row))
-    return jnp.moveaxis(jnp.stack(rows), -1, 0).reshape(L.shape)
-
-
 def triangles(chunk, beta, scale):
     """The two triangles as matrices.
 
@@ -119,7 +74,9 @@ def triangles(chunk, beta, scale):
     for below in chunk.below:
         scores = _set_below(scores, below)
     Aqk = scale * scores[..., 0, 0::2, :]
-    Akk, _ = solve(chunk, beta, jnp.broadcast_to(jnp.eye(Aqk.shape[-1], dtype=Aqk.dtype), Aqk.shape))
+    Akk, _ = solve(
+        chunk.inside, chunk.below, beta, jnp.broadcast_to(jnp.eye(Aqk.shape[-1], dtype=Aqk.dtype), Aqk.shape)
+    )
     return Aqk, Akk
 
 

@@ -1,0 +1,53 @@
+"""The triangular system of a chunk, (I + L) y = r, solved by substitution: nobody needs Akk = (I + L)^-1."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from .dot import dot
+
+
+def solve(inside, below, beta, r):
+    """y = Akk r without Akk, and what q reads of y: z_i = sum_j q_i . k_j D(i<-j) y_j.
+
+        y_i = r_i - beta_i sum_j k_i . k_j D(i<-j) y_j      j < i
+
+    inside, below: the scores of an `Intra`; beta [..., C], r [..., C, V]. Returns y and z, [..., C, V].
+
+    Forward substitution, by blocks. Inside a block (I + L)^-1 is applied; what a first half leaves for the
+    second, and for its queries, is one product.
+    """
+    *lead, n, _, b = inside.shape
+    inverse = invert(beta.reshape(*lead, n, b, 1) * inside[..., 1::2, :])
+    y, z = _substitute(inverse, below, beta[..., None], r)
+    own = dot("...ij,...jv->...iv", inside[..., 0::2, :], y.reshape(*lead, n, b, -1))
+    return y, z + own.reshape(y.shape)
+
+
+def _substitute(inverse, below, beta, r):
+    """`solve` with the inverse of every block at hand, but for what q reads inside the blocks."""
+    n = inverse.shape[-3]
+    if n == 1:
+        y = dot("...ij,...jv->...iv", inverse[..., 0, :, :], r)
+        return y, jnp.zeros_like(y)
+    inverse_1, inverse_2 = jnp.split(inverse, 2, axis=-3)
+    below_1, below_2 = ([jnp.split(x, 2, axis=-3)[i] for x in below[:-1]] for i in range(2))
+    beta_1, beta_2 = jnp.split(beta, 2, axis=-2)
+    r_1, r_2 = jnp.split(r, 2, axis=-2)
+    y_1, z_1 = _substitute(inverse_1, below_1, beta_1, r_1)
+    seen = dot("...ij,...jv->...iv", below[-1][..., 0, :, :], y_1)
+    y_2, z_2 = _substitute(inverse_2, below_2, beta_2, r_2 - beta_2 * seen[..., 1::2, :])
+    return jnp.concatenate([y_1, y_2], axis=-2), jnp.concatenate([z_1, z_2 + seen[..., 0::2, :]], axis=-2)
+
+
+def invert(L):
+    """(I + L)^-1 of strictly lower triangles [..., b, b], row by row: X_i = I_i - sum_j L_ij X_j."""
+    b = L.shape[-1]
+    columns = jnp.moveaxis(L.reshape(-1, b, b), 0, -1)  # every block in one vector
+    rows = []
+    for i, unit in enumerate(jnp.eye(b, dtype=L.dtype)[..., None]):
+        row = jnp.broadcast_to(unit, columns.shape[1:])
+        for j in range(i):
+            row = row - columns[i, j] * rows[j]
+        # Behind the barrier XLA computes a row once, not anew in all that follow.
+        rows.append(lax.optimization_barrier(row))
+    return jnp.moveaxis(jnp.stack(rows), -1, 0).reshape(L.shape)
