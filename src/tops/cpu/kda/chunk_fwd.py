@@ -169,9 +169,8 @@ def scan_chunks(
         if field != "h"
     }
 
-    def compute(states, n, start, length):
-        S = chunking.read_state(states, n, H, packed)
-        q, k, v, g, beta = (chunking.cut(x, start, length, C).astype(dtype) for x in inputs)
+    def compute(S, length, q, k, v, g, beta):
+        q, k, v, g, beta = (x.astype(dtype) for x in (q, k, v, g, beta))
         q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, storage(storage_dtype))
         if activations.gate:  # an activated gate is not 0 where there is no token
             g = chunking.keep_rows(g, length)
@@ -182,19 +181,24 @@ def scan_chunks(
             made["g"] = cumsum(RCP_LN2 * g, axis=1)
         return S, made
 
-    def idle(states, n, start, length):
-        S = chunking.read_state(states, n, H, packed)
+    def idle(S, *_):
         return S, {field: jnp.zeros((B, C, HV, width[field]), dtype) for field in buffers}
+
+    @partial(jax.checkpoint, prevent_cse=False)  # of a chunk, its gradient keeps the state that entered it
+    def chunk_step(S, start, length):
+        rows = [chunking.cut(x, start, length, C) for x in inputs]
+        if packed:  # NT is a bound: skip the chunks that this packing does not need
+            return lax.cond(length > 0, compute, idle, S, length, *rows)
+        return compute(S, length, *rows)
 
     def step(carry, chunk):
         states, buffers = carry
         n, start, length = chunk
-        h = chunking.read_state(states, n, H, packed) if "h" in fields else None
-        if packed:  # NT is a bound: skip the chunks that this packing does not need
-            S, rows = lax.cond(length > 0, compute, idle, states, n, start, length)
-            h = None if h is None else jnp.where(length > 0, h, 0)
-        else:
-            S, rows = compute(states, n, start, length)
+        S = chunking.read_state(states, n, H, packed)
+        h = S if "h" in fields else None
+        if h is not None and packed:
+            h = jnp.where(length > 0, h, 0)
+        S, rows = chunk_step(S, start, length)
         states = chunking.write_state(states, S, n, packed)
         buffers = {field: chunking.put(x, rows[field], start, length) for field, x in buffers.items()}
         return (states, buffers), None if h is None else h.astype(stored["h"])

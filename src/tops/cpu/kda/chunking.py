@@ -96,13 +96,24 @@ def cut(x, start, length, C):
     A length of None is C, known before the program runs: nothing is selected.
     """
     # A slice may not reach past the end of x: take the last C tokens there, and move them up.
-    # Before JAX 0.11 XLA widens 16-bit arrays whole, ahead of the scan, unless the slice hides x from it.
-    x, start = lax.optimization_barrier((x, start))
+    x, start = _hide(x, start)
     if length is None:
         return lax.dynamic_slice_in_dim(x, start, C, axis=1)
     begin = jnp.minimum(start, x.shape[1] - C)
     rows = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
     return keep_rows(jnp.take(rows, jnp.arange(C) + (start - begin), axis=1, mode="clip"), length)
+
+
+@jax.custom_jvp
+def _hide(x, start):
+    """Before JAX 0.11 XLA widens 16-bit arrays whole, ahead of the scan, unless the slice hides x from it."""
+    return lax.optimization_barrier((x, start))
+
+
+@_hide.defjvp
+def _hide_jvp(primals, tangents):
+    # Not the tangents: XLA adds a chunk's gradient to that of x in place only where it sees both.
+    return _hide(*primals), tangents
 
 
 def keep_rows(rows, length):
