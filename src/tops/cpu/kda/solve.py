@@ -1,5 +1,6 @@
 """The triangular system of a chunk, (I + L) y = r, solved by substitution: nobody needs Akk = (I + L)^-1."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -39,6 +40,7 @@ def _substitute(inverse, below, beta, r):
     return jnp.concatenate([y_1, y_2], axis=-2), jnp.concatenate([z_1, z_2 + seen[..., 0::2, :]], axis=-2)
 
 
+@jax.custom_jvp
 def invert(L):
     """(I + L)^-1 of strictly lower triangles [..., b, b], row by row: X_i = I_i - sum_j L_ij X_j."""
     b = L.shape[-1]
@@ -51,3 +53,10 @@ def invert(L):
         # Behind the barrier XLA computes a row once, not anew in all that follow.
         rows.append(lax.optimization_barrier(row))
     return jnp.moveaxis(jnp.stack(rows), -1, 0).reshape(L.shape)
+
+
+@invert.defjvp
+def _invert_jvp(primals, tangents):
+    """dX = -X dL X: the gradient is two products, where that of the rows is a kernel an entry of L."""
+    X = invert(*primals)
+    return X, -dot("...ij,...jk->...ik", dot("...ij,...jk->...ik", X, *tangents), X)
