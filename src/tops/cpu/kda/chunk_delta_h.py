@@ -19,13 +19,13 @@ def delta_h(S, w, u, kg, decay, store):
     S [..., K, V], w [..., C, K], u [..., C, V], kg = k * D(C<-j) [..., C, K], decay = D(C<-0) [..., K];
     `store` rounds what FLA stores. Returns v_new [..., C, V] and the state that leaves the chunk.
     """
-    v_new = store(u - dot("...ik,...kv->...iv", w, store(S), parts=4))
-    return v_new, next_state(S, kg, v_new, decay)
+    v_new = store(u - dot("...ik,...kv->...iv", w, store(S)))
+    return v_new, next_state(S, jnp.swapaxes(kg, -1, -2), v_new, decay)
 
 
-def next_state(S, kg, v_new, decay):
+def next_state(S, kg_t, v_new, decay):
     """D(C<-0) S + kg^T v_new, the state that leaves the chunk."""
-    kg_t = lax.optimization_barrier(jnp.swapaxes(kg, -1, -2))  # XLA's product of a transposed left is slow
+    kg_t = lax.optimization_barrier(kg_t)  # XLA's product of a transposed left is slow
     return decay[..., None] * S + dot("...kj,...jv->...kv", kg_t, v_new)
 
 
@@ -105,10 +105,11 @@ def chunk_gated_delta_rule_fwd_h(
 def _chunk_gated_delta_rule_fwd_h(
     k, w, u, g, gk, initial_state, cu_seqlens, *, NT, C, state_v_first, use_exp2, storage_dtype
 ):
-    T, H, K = k.shape[1:]
+    T, _, K = k.shape[1:]
+    HV, V = u.shape[2:]
     dtype = jnp.result_type(jnp.float32, k, w, u)
     store = storage(storage_dtype)
-    chunks = chunking.Split(cu_seqlens, NT, T, C, H, dtype)
+    chunks = chunking.Split(cu_seqlens, NT, T, C, HV, dtype)
     k, w, u = chunks.split(k), chunks.split(w), chunks.split(u)
     decay = jnp.ones((*w.shape[:-2], K), dtype)
     if g is not None:
@@ -118,12 +119,11 @@ def _chunk_gated_delta_rule_fwd_h(
         decay = decay * from_cumsum(chunks.split_cumsum(gk), use_exp2)[2]
     packed = cu_seqlens is not None
     N = cu_seqlens.shape[0] - 1 if packed else w.shape[1]
-    HV, V = w.shape[2] * w.shape[3], u.shape[-1]
     states = chunking.first_states(initial_state, N, HV, K, V, state_v_first, dtype)
 
     def step(states, chunk):
         n, w, u, k, decay = chunk
-        S = chunking.read_state(states, n, w.shape[1], packed)
+        S = chunking.read_state(states, n, packed)
         v_new, S_next = delta_h(S, w, u, k, decay, store)
         return chunking.write_state(states, S_next, n, packed), (S, v_new)
 

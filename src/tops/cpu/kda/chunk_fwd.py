@@ -11,7 +11,7 @@ from . import checks, chunking
 from .chunk_delta_h import delta_h, next_state
 from .chunk_intra import intra, triangles
 from .chunk_o import combine_o
-from .dot import dot, storage
+from .dot import dot, merge_channels, storage, sum_parts
 from .gate import RCP_LN2, Activations, activate, cumsum
 from .solve import solve
 from .wy_fast import recompute_w_u
@@ -150,7 +150,7 @@ def scan_chunks(
     *, NT, C, scale, state_v_first, activations, fields, storage_dtype,
 ):  # fmt: skip
     """The scan over NT chunks: reads a chunk, runs the stages on it, writes what `fields` names."""
-    B, T, H, K = q.shape
+    B, T, _, K = q.shape
     HV, V = v.shape[2:]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     packed = cu_seqlens is not None
@@ -174,7 +174,7 @@ def scan_chunks(
         q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, storage(storage_dtype))
         if activations.gate:  # an activated gate is not 0 where there is no token
             g = chunking.keep_rows(g, length)
-        heads = (chunking.split_heads(x, H) for x in (q, k, v, g, beta))
+        heads = (chunking.split_heads(x, HV) for x in (q, k, v, g, beta))
         S, made = one_chunk(S, *heads, scale, storage_dtype, buffers)
         made = {field: chunking.merge_heads(made[field]) for field in buffers if field != "g"}
         if "g" in buffers:
@@ -194,7 +194,7 @@ def scan_chunks(
     def step(carry, chunk):
         states, buffers = carry
         n, start, length = chunk
-        S = chunking.read_state(states, n, H, packed)
+        S = chunking.read_state(states, n, packed)
         h = S if "h" in fields else None
         if h is not None and packed:
             h = jnp.where(length > 0, h, 0)
@@ -222,17 +222,20 @@ def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
     """
     store = storage(storage_dtype)
     chunk = intra(q, k, jnp.exp(g))
+    x_in, kg = merge_channels(chunk.x_in), merge_channels(chunk.kg)
     made = {}
     if storage_dtype is not None or {"Aqk", "Akk", "w", "u"} & set(fields):
         made["Aqk"], made["Akk"] = (store(x) for x in triangles(chunk, beta, scale))
     if storage_dtype is not None or {"w", "u"} & set(fields):
-        made["w"], made["u"] = recompute_w_u(made["Akk"], chunk.x_in[..., 1::2, :], v, beta, store)
-    made |= dict(qg=store(chunk.x_in[..., 0::2, :]), kg=store(chunk.kg))
+        made["w"], made["u"] = recompute_w_u(made["Akk"], x_in[..., 1::2, :], v, beta, store)
+    made |= dict(qg=store(x_in[..., 0::2, :]), kg=store(kg))
     if storage_dtype is None:
-        seen = dot("...ik,...kv->...iv", chunk.x_in, S, parts=2)
+        parts = S.reshape(*S.shape[:-2], *chunk.x_in.shape[-3::2], -1)  # [..., P, K/P, V]
+        seen = sum_parts(dot("...ik,...kv->...iv", chunk.x_in, parts), -3)
         r = beta[..., None] * (v - seen[..., 1::2, :])
         v_new, read = solve(chunk.inside, chunk.below, beta, r)
-        S_next = next_state(S, chunk.kg, v_new, chunk.decay)
+        kg_t = jnp.swapaxes(lax.optimization_barrier(chunk.kg), -1, -2).reshape(*S.shape[:-1], -1)
+        S_next = next_state(S, kg_t, v_new, chunk.decay)
         o = scale * (seen[..., 0::2, :] + read)
     else:
         v_new, S_next = delta_h(S, made["w"], made["u"], made["kg"], chunk.decay, store)

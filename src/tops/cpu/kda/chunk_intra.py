@@ -9,7 +9,7 @@ from jax import lax
 
 from . import checks, chunking
 from .decay import double, halves, of_tokens
-from .dot import dot, storage
+from .dot import dot, merge_channels, split_channels, storage, sum_parts
 from .solve import solve
 from .wy_fast import recompute_w_u
 
@@ -24,8 +24,8 @@ class Intra(NamedTuple):
 
     inside: jax.Array  # [..., C/b, 2b, b]  x_i . k_j D(i<-j) inside blocks of b = BLOCK tokens
     below: tuple  # [..., C/2s, 2s, s] for s = b, 2b, ..., C/2: the second half of 2s tokens by the first
-    x_in: jax.Array  # [..., 2C, K]  x_i * D(i<-0)
-    kg: jax.Array  # [..., C, K]  k_j * D(C<-j)
+    x_in: jax.Array  # [..., P, 2C, K/P]  x_i * D(i<-0), channels in parts
+    kg: jax.Array  # [..., P, C, K/P]  k_j * D(C<-j)
     decay: jax.Array  # [..., K]  D(C<-0)
 
 
@@ -34,32 +34,30 @@ def intra(q, k, a):
 
         x_i . k_j D(i<-j) = sum_d x_i k_j D(i<-j)      x = q, k
 
-    q, k [..., C, K], with leading dimensions that broadcast against a's; a = exp(g) [..., C, K]; C a power
-    of two, 16 or more. Returns an `Intra`.
+    q, k, a = exp(g) [..., C, K]; C a power of two, 16 or more. Returns an `Intra`.
 
     The triangle grows by doubling: the scores between the two halves of a block of 2s tokens are one
     matrix product (see `decay`).
     """
     *lead, C, K = a.shape
-    rows = (jnp.stack([q, k], axis=-2) * a[..., None, :]).reshape(*lead, 2 * C, K)
+    # XLA's sum is slow, and so are products in a batch.
+    diagonal = jnp.einsum("...k,k->...", q * k, jnp.ones(K, k.dtype), precision=lax.Precision.HIGHEST)
+    rows = split_channels((jnp.stack([q, k], axis=-2) * a[..., None, :]).reshape(*lead, 2 * C, K))
     rows = lax.optimization_barrier(rows)  # made once, not anew at every level
-    cols = jnp.broadcast_to(k, a.shape)
-    total = a
-    diagonal = dot("...ik,...k->...i", (q * k).reshape(-1, K), jnp.ones(K, k.dtype))  # XLA's sum is slow
-    diagonal = jnp.broadcast_to(diagonal.reshape(k.shape[:-1]), (*lead, C))
+    cols, total = split_channels(k), split_channels(a)
     inside = jnp.stack([diagonal, jnp.zeros_like(diagonal)], axis=-1)[..., None]
     below = ()
     s = 1
     while s < C:
         n = C // (2 * s)
-        scores = dot("...ik,...jk->...ij", halves(rows, n)[1], halves(cols, n)[0], parts=4)
+        scores = sum_parts(dot("...ik,...jk->...ij", halves(rows, n)[1], halves(cols, n)[0]), -4)
         if s < BLOCK:
             inside = _set_below(inside, scores)
         else:
             below += (scores,)
         rows, cols, total = double(rows, cols, total)
         s *= 2
-    return Intra(inside, below, rows, cols, total[..., 0, :])
+    return Intra(inside, below, rows, cols, merge_channels(total)[..., 0, :])
 
 
 def triangles(chunk, beta, scale):
@@ -156,13 +154,14 @@ def chunk_kda_fwd_intra(
 
 @partial(jax.jit, static_argnames=("NT", "C", "scale", "use_exp2", "storage_dtype"))
 def _chunk_kda_fwd_intra(q, k, v, gk, beta, cu_seqlens, *, NT, C, scale, use_exp2, storage_dtype):
-    T, H = q.shape[1:3]
+    T, HV = v.shape[1:3]
     store = storage(storage_dtype)
-    chunks = chunking.Split(cu_seqlens, NT, T, C, H, jnp.result_type(jnp.float32, q, k, v, gk, beta))
+    chunks = chunking.Split(cu_seqlens, NT, T, C, HV, jnp.result_type(jnp.float32, q, k, v, gk, beta))
     a = of_tokens(chunks.split_cumsum(gk), use_exp2)
     q, k, v, beta = (chunks.split(x) for x in (q, k, v, beta))
     chunk = intra(q, k, a)
     Aqk, Akk = (store(x) for x in triangles(chunk, beta, scale))
-    w, u = recompute_w_u(Akk, chunk.x_in[..., 1::2, :], v, beta, store)
-    made = w, u, store(chunk.x_in[..., 0::2, :]), store(chunk.kg), Aqk, Akk
+    x_in = merge_channels(chunk.x_in)
+    w, u = recompute_w_u(Akk, x_in[..., 1::2, :], v, beta, store)
+    made = w, u, store(x_in[..., 0::2, :]), store(merge_channels(chunk.kg)), Aqk, Akk
     return tuple(chunks.merge(x, storage_dtype) for x in made)

@@ -18,8 +18,8 @@ def combine_o(S, qg, Aqk, v_new, scale, store):
     S [..., K, V], qg = q * D(i<-0) [..., C, K], Aqk [..., C, C], scaled, v_new [..., C, V]; `store` rounds
     what FLA stores. Returns o [..., C, V].
     """
-    inter = dot("...ik,...kv->...iv", qg, store(S), parts=4)
-    return scale * inter + dot("...ij,...jv->...iv", Aqk, v_new, parts=4)
+    inter = dot("...ik,...kv->...iv", qg, store(S))
+    return scale * inter + dot("...ij,...jv->...iv", Aqk, v_new)
 
 
 def chunk_gla_fwd_o_gk(
@@ -85,13 +85,12 @@ def chunk_gla_fwd_o_gk(
 
 @partial(jax.jit, static_argnames=("scale", "use_exp2", "storage_dtype"))
 def _chunk_gla_fwd_o_gk(q, v, g, A, h, cu_seqlens, *, scale, use_exp2, storage_dtype):
-    T, H, C, NT = q.shape[1], q.shape[2], A.shape[-1], h.shape[1]
+    (T, HV), C, NT = v.shape[1:3], A.shape[-1], h.shape[1]
     dtype = jnp.result_type(jnp.float32, q, v, g, A, h)
     store = storage(storage_dtype)
-    chunks = chunking.Split(cu_seqlens, NT, T, C, H, dtype)
+    chunks = chunking.Split(cu_seqlens, NT, T, C, HV, dtype)
     prefix, _, _ = from_cumsum(chunks.split_cumsum(g), use_exp2)
-    S = jnp.moveaxis(h, 1, 0).astype(dtype)  # [NT, B, HV, K, V]
-    S = S.reshape(*S.shape[:2], H, -1, *S.shape[3:])
+    S = jnp.swapaxes(h, 0, 1).astype(dtype)  # [NT, B, HV, K, V]
     Aqk = jnp.where(jnp.tril(jnp.ones((C, C), bool)), chunks.split(A), 0)
     o = combine_o(S, store(chunks.split(q) * prefix), Aqk, chunks.split(v), scale, store)
     return chunks.merge(o, v.dtype)

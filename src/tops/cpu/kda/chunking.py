@@ -142,16 +142,15 @@ def _over_rows(mask, x):
     return mask.reshape(1, -1, *[1] * (x.ndim - 2))
 
 
-def split_heads(x, H):
-    """Token layout [B, C, HV, ...] to heads first, value heads grouped: [B, H, G, C, ...]."""
-    B, C, HV = x.shape[:3]
-    return jnp.moveaxis(x.reshape(B, C, H, HV // H, *x.shape[3:]), 1, 3)
+def split_heads(x, HV):
+    """Token layout [B, C, H, ...] to [B, HV, C, ...], a q/k head for every value head that reads it."""
+    G = HV // x.shape[2]
+    return jnp.swapaxes(x if G == 1 else jnp.repeat(x, G, axis=2), 1, 2)
 
 
 def merge_heads(x):
-    """`split_heads` undone: [B, H, G, C, ...] to [B, C, HV, ...]."""
-    x = jnp.moveaxis(x, 3, 1)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    """[B, HV, C, ...] to token layout, [B, C, HV, ...]."""
+    return jnp.swapaxes(x, 1, 2)
 
 
 def first_states(initial_state, N, HV, K, V, state_v_first, dtype):
@@ -161,21 +160,19 @@ def first_states(initial_state, N, HV, K, V, state_v_first, dtype):
     return turn(initial_state, state_v_first).astype(dtype)
 
 
-def read_state(states, n, H, packed):
-    """What a chunk works on, [B, H, G, K, V], of states [N, HV, K, V]: sequence n's, or every row's."""
-    S = lax.dynamic_slice_in_dim(states, n, 1) if packed else states
-    return S.reshape(S.shape[0], H, -1, *S.shape[2:])
+def read_state(states, n, packed):
+    """What a chunk works on, [B, HV, K, V], of states [N, HV, K, V]: sequence n's, or every row's."""
+    return lax.dynamic_slice_in_dim(states, n, 1) if packed else states
 
 
 def write_state(states, S, n, packed):
     """`read_state` undone."""
-    S = S.reshape(-1, *states.shape[1:])
     return lax.dynamic_update_slice_in_dim(states, S, n, axis=0) if packed else S
 
 
 def merge_states(h, state_v_first):
-    """What enters the chunks, [NT, B, H, G, K, V], in the layout of the caller: [B, NT, HV, ...]."""
-    return turn(jnp.moveaxis(h.reshape(*h.shape[:2], -1, *h.shape[4:]), 0, 1), state_v_first)
+    """What enters the chunks, [NT, B, HV, K, V], in the layout of the caller: [B, NT, HV, ...]."""
+    return turn(jnp.swapaxes(h, 0, 1), state_v_first)
 
 
 def turn(states, state_v_first):
@@ -184,23 +181,23 @@ def turn(states, state_v_first):
 
 
 class Split:
-    """All chunks at once, for a stage on its own: [B, T, HV, ...] to [NT, B, H, G, C, ...] and back."""
+    """All chunks at once, for a stage on its own: [B, T, HV, ...] to [NT, B, HV, C, ...] and back."""
 
-    def __init__(self, cu_seqlens, NT, T, C, H, dtype):
-        self.T, self.C, self.H, self.dtype = T, C, H, dtype
+    def __init__(self, cu_seqlens, NT, T, C, HV, dtype):
+        self.T, self.C, self.HV, self.dtype = T, C, HV, dtype
         self.cu_seqlens = jnp.array([0, T]) if cu_seqlens is None else cu_seqlens
         self.table = chunk_table(self.cu_seqlens, NT, C)
 
     def split(self, x):
         """Rows past a chunk's end are zero."""
         rows = jax.vmap(cut, (None, 0, 0, None))(pad_tokens(x, self.C), *self.table[1:], self.C)
-        return jax.vmap(split_heads, (0, None))(rows, self.H).astype(self.dtype)
+        return jax.vmap(split_heads, (0, None))(rows, self.HV).astype(self.dtype)
 
     def split_cumsum(self, x):
         """Rows past a chunk's end repeat its last: a cumulative sum goes on there without decay."""
         x = self.split(x)
         row = jnp.minimum(jnp.arange(self.C), self.table.length[:, None] - 1)  # [NT, C]
-        return jax.vmap(partial(jnp.take, axis=3, mode="clip"))(x, row)
+        return jax.vmap(partial(jnp.take, axis=2, mode="clip"))(x, row)
 
     def merge(self, x, dtype):
         """In `dtype`, or as it is for None; padding is zero."""

@@ -1,43 +1,52 @@
 """The one way to contract, at full precision, and the one way to round an intermediate."""
 
+import functools
 import math
+import operator
 
 import jax.numpy as jnp
 from jax import lax
 
+PARTS = 2  # a sum over the channels of a head is taken in two halves: a shorter sum rounds less
 
-def dot(subscripts, x, y, parts=1):
+
+def dot(subscripts, x, y):
     """`einsum(subscripts, x, y)` of operands that are in the accumulator dtype.
 
-    The subscripts start with "...", for the leading axes. One index is contracted. With `parts` (a power of
-    two), its sum is taken over that many parts, which are then added in pairs: a shorter sum rounds less.
-    Where the axis does not divide, fewer parts are taken.
+    The subscripts start with "...", for the leading axes.
     """
     axes, out = subscripts.replace("...", "").split("->")
     x_axes, y_axes = axes.split(",")
-    (contracted,) = (set(x_axes) & set(y_axes)) - set(out)
-    parts = math.gcd(parts, x.shape[x_axes.index(contracted) - len(x_axes)])
+    x_own, y_own = x.shape[x.ndim - len(x_axes) :], y.shape[y.ndim - len(y_axes) :]
     lead = jnp.broadcast_shapes(x.shape[: x.ndim - len(x_axes)], y.shape[: y.ndim - len(y_axes)])
-    # One leading axis for all: JAX 0.11 aborts on a product of operands with eight axes.
+    # Two leading axes for all: JAX 0.11 aborts on a product of operands with eight axes. The first stays by
+    # itself: a batch and its heads in one axis could not be sharded over devices by heads.
+    two = (lead[0] if lead else 1, -1)
     z = jnp.einsum(
-        f"lp{x_axes},lp{y_axes}->lp{out}",
-        *(_split(x, x_axes, contracted, parts, lead), _split(y, y_axes, contracted, parts, lead)),
+        f"bl{x_axes},bl{y_axes}->bl{out}",
+        jnp.broadcast_to(x, (*lead, *x_own)).reshape(*two, *x_own),
+        jnp.broadcast_to(y, (*lead, *y_own)).reshape(*two, *y_own),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=x.dtype,
     )
-    while parts > 1:
-        parts //= 2
-        z = z[:, :parts] + z[:, parts:]
     return z.reshape(*lead, *z.shape[2:])
 
 
-def _split(x, axes, contracted, parts, lead):
-    """x [..., *axes], its leading axes as one and its contracted axis cut into parts: [L, parts, *axes]."""
-    own = x.shape[x.ndim - len(axes) :]
-    x = jnp.broadcast_to(x, (*lead, *own)).reshape(-1, *own)
-    axis = 1 + axes.index(contracted)
-    x = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 1)
+def split_channels(x):
+    """x [..., X, K] with its channels in P parts, [..., P, X, K/P]; P is 1 for an odd K."""
+    P = math.gcd(PARTS, x.shape[-1])
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], P, -1), -2, -3)
+
+
+def merge_channels(x):
+    """`split_channels` undone."""
+    x = jnp.moveaxis(x, -3, -2)
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def sum_parts(z, axis):
+    """The sum over channels, of what `dot` made of each of their parts."""
+    return functools.reduce(operator.add, jnp.moveaxis(z, axis, 0))  # XLA's sum is slow
 
 
 def storage(dtype):

@@ -72,7 +72,7 @@ def fused_recurrent_kda(
 def _scan_tokens(
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, *, scale, activations, state_v_first
 ):
-    B, T, H, K = q.shape
+    B, T, _, K = q.shape
     HV, V = v.shape[2:]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     packed = cu_seqlens is not None
@@ -82,16 +82,16 @@ def _scan_tokens(
     def compute(S, q, k, v, g, beta):
         q, k, v, g, beta = (y[:, None].astype(dtype) for y in (q, k, v, g, beta))  # [B, 1, HV, ...]
         q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, storage(None))
-        q, k, v, g, beta = (chunking.split_heads(y, H)[..., 0, :] for y in (q, k, v, g, beta[..., None]))
+        q, k, v, g, beta = (chunking.split_heads(y, HV)[..., 0, :] for y in (q, k, v, g, beta[..., None]))
         S, o = one_token(S, q, k, v, g, beta, scale)
-        return S, o.reshape(B, HV, V).astype(v_dtype)
+        return S, o.astype(v_dtype)
 
     def pad(S, q, k, v, g, beta):
         return S, jnp.zeros((B, HV, V), v_dtype)
 
     def step(states, token):
         n, *x = token
-        S = chunking.read_state(states, n, H, packed)
+        S = chunking.read_state(states, n, packed)
         if packed:  # padding belongs to no sequence, n = N: it may not touch the state of the last
             S, o = lax.cond(n < N, compute, pad, S, *x)
         else:

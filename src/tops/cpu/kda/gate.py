@@ -139,7 +139,7 @@ def chunk_local_cumsum(
     output_dtype = checks.storage(output_dtype, "output_dtype")
     NT = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
     chunks = chunking.Split(cu_seqlens, NT, sizes["T"], chunk_size, sizes["HV"], _widen(g[:0]).dtype)
-    return chunks.merge(cumsum(scale * chunks.split(g), 4, reverse), output_dtype)
+    return chunks.merge(cumsum(scale * chunks.split(g), 3, reverse), output_dtype)
 
 
 def kda_gate_chunk_cumsum(

@@ -44,15 +44,15 @@ def _substitute(inverse, below, beta, r):
 def invert(L):
     """(I + L)^-1 of strictly lower triangles [..., b, b], row by row: X_i = I_i - sum_j L_ij X_j."""
     b = L.shape[-1]
-    columns = jnp.moveaxis(L.reshape(-1, b, b), 0, -1)  # every block in one vector
+    columns = jnp.moveaxis(L.reshape(L.shape[0], -1, b, b), (0, 1), (-2, -1))  # every block in one vector
     rows = []
-    for i, unit in enumerate(jnp.eye(b, dtype=L.dtype)[..., None]):
+    for i, unit in enumerate(jnp.eye(b, dtype=L.dtype)[..., None, None]):
         row = jnp.broadcast_to(unit, columns.shape[1:])
         for j in range(i):
             row = row - columns[i, j] * rows[j]
         # Behind the barrier XLA computes a row once, not anew in all that follow.
         rows.append(lax.optimization_barrier(row))
-    return jnp.moveaxis(jnp.stack(rows), -1, 0).reshape(L.shape)
+    return jnp.moveaxis(jnp.stack(rows), (-2, -1), (0, 1)).reshape(L.shape)
 
 
 @invert.defjvp

@@ -72,10 +72,10 @@ def recompute_w_u_fwd(
 
 @partial(jax.jit, static_argnames=("NT", "use_exp2", "storage_dtype"))
 def _recompute_w_u_fwd(k, v, beta, A, gk, q, cu_seqlens, *, NT, use_exp2, storage_dtype):
-    T, H, C = k.shape[1], k.shape[2], A.shape[-1]
+    (T, HV), C = v.shape[1:3], A.shape[-1]
     dtype = jnp.result_type(jnp.float32, k, v, beta, A, gk)
     store = storage(storage_dtype)
-    chunks = chunking.Split(cu_seqlens, NT, T, C, H, dtype)
+    chunks = chunking.Split(cu_seqlens, NT, T, C, HV, dtype)
     prefix, suffix, _ = from_cumsum(chunks.split_cumsum(gk), use_exp2)
     k = chunks.split(k)
     w, u = recompute_w_u(chunks.split(A), k * prefix, chunks.split(v), chunks.split(beta), store)
