@@ -126,7 +126,7 @@ def keep_rows(rows, length):
 def put(x, rows, start, length):
     """x [B, T, ...] with its tokens [start, start + length) replaced by the first rows of [B, C, ...]."""
     C = rows.shape[1]
-    rows = lax.optimization_barrier(rows.astype(x.dtype))
+    rows = rows.astype(x.dtype)
     if length is None:
         return lax.dynamic_update_slice_in_dim(x, rows, start, axis=1)
     begin = jnp.minimum(start, x.shape[1] - C)
