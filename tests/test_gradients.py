@@ -1,0 +1,273 @@
+"""Gradients through the chunked ops, against autodiff of the token recurrence in float64.
+
+The judge is `naive_recurrent_kda` with activations written here; finite differences of it, which know no
+autodiff, judge the judge. A gradient is a vjp: one cotangent for o and one for the final state.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from inputs import REGIMES, draw
+from jax.test_util import check_grads
+from oracle import relative_error
+
+from tops.cpu.kda import chunk_kda, chunk_kda_fwd, naive_recurrent_kda
+
+NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+T, H, K, V = 150, 2, 16, 24
+CU_SEQLENS = np.array([0, 70, 70, 71, 140], np.int32)  # an empty sequence, one of one token, 10 of padding
+
+
+def case(regime="logsigmoid", packed=False, HV=H, dtype=np.float64, T=T, B=1, seed=0):
+    """(the arguments to differentiate, the options, the cotangents of o and the final state)."""
+    inputs = draw(regime, B=B, T=T, H=H, HV=HV, K=K, V=V, dtype=dtype, seed=seed)
+    rng = np.random.default_rng(seed + 1)
+    N = len(CU_SEQLENS) - 1 if packed else B
+    state, d_state = rng.standard_normal((2, N, HV, K, V)).astype(np.float32).astype(dtype)
+    d_o = rng.standard_normal((B, T, HV, V)).astype(np.float32).astype(dtype)
+    arguments = dict(zip(NAMES, (*inputs, state), strict=True))
+    return arguments, dict(cu_seqlens=CU_SEQLENS) if packed else {}, (d_o, d_state)
+
+
+@partial(jax.jit, static_argnames=("op", "flags"))
+def vjp(op, arguments, cotangents, flags, options):
+    def results(arguments):
+        return op(**arguments, output_final_state=True, **dict(flags), **options)[:2]
+
+    return jax.vjp(results, arguments)[1](cotangents)[0]
+
+
+def gradient(op, arguments, options, cotangents, **flags):
+    """{argument: cotangent}, all finite."""
+    made = vjp(op, arguments, cotangents, tuple(flags.items()), options)
+    for name, x in made.items():
+        assert np.isfinite(x).all(), name
+    return {name: np.asarray(x) for name, x in made.items()}
+
+
+def widened(arguments):
+    return {name: x.astype(np.float64) for name, x in arguments.items()}
+
+
+def errors(made, truth):
+    """Relative errors; where the true gradient is 0, so is what was made."""
+    for name, x in truth.items():
+        assert x.any() or not made[name].any(), name
+    return {name: relative_error(made[name], x) for name, x in truth.items() if x.any()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_float64(regime, packed):
+    """1e-11 leaves four digits to rounding, 1e-8 in the regime that amplifies it."""
+    arguments, options, cotangents = case(regime, packed)
+    truth = gradient(naive_recurrent_kda, arguments, options, cotangents)
+    bound = 1e-8 if regime == "equal_keys" else 1e-11
+    for chunk_size in (16, 64):
+        made = gradient(chunk_kda, arguments, options, cotangents, chunk_size=chunk_size)
+        for name, error in errors(made, truth).items():
+            assert error <= bound, (name, chunk_size)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_float32(regime):
+    """Within 10 times the error of the float32 recurrence's own gradient."""
+    arguments, options, cotangents = case(regime, dtype=np.float32, T=600)
+    truth = gradient(naive_recurrent_kda, widened(arguments), options, tuple(map(np.float64, cotangents)))
+    recurrent = errors(gradient(naive_recurrent_kda, arguments, options, cotangents), truth)
+    chunked = errors(gradient(chunk_kda, arguments, options, cotangents), truth)
+    for name, error in chunked.items():
+        assert error <= 10 * recurrent[name], (name, error, recurrent[name])
+
+
+def l2norm(x):
+    return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def activated(gate, beta_scale, turned):
+    """`naive_recurrent_kda` of raw arguments: the options of `chunk_kda`, written apart."""
+
+    def op(q, k, v, g, beta, initial_state, A_log, dt_bias, **options):
+        g = g + dt_bias.reshape(g.shape[-2:])
+        rate = jnp.exp(A_log)[:, None]
+        g = -rate * jnp.log1p(jnp.exp(g)) if gate is None else gate / (1 + jnp.exp(-rate * g))
+        beta = beta_scale / (1 + jnp.exp(-beta))
+        state = initial_state.swapaxes(2, 3) if turned else initial_state
+        o, final_state = naive_recurrent_kda(l2norm(q), l2norm(k), v, g, beta, None, state, **options)
+        return o, final_state.swapaxes(2, 3) if turned else final_state
+
+    return op
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("lower_bound", "neg_eigval", "turned"), [(None, True, True), (-5.0, False, False)])
+def test_options(lower_bound, neg_eigval, turned, packed):
+    """Every activation, grouped value heads, states first or last, with respect to A_log and dt_bias too."""
+    arguments, options, cotangents = case(packed=packed, HV=2 * H)
+    rng = np.random.default_rng(2)
+    arguments |= dict(A_log=0.5 * rng.standard_normal(2 * H), dt_bias=rng.standard_normal(2 * H * K))
+    arguments["g"], arguments["beta"] = (rng.standard_normal(arguments[x].shape) for x in ("g", "beta"))
+    arguments["k"] = 2 * arguments["k"]
+    arguments["k"][:, 5:20] = 0  # zero keys, whose norm has no gradient without its epsilon
+    if turned:
+        arguments["initial_state"] = arguments["initial_state"].swapaxes(2, 3)
+        cotangents = cotangents[0], cotangents[1].swapaxes(2, 3)
+    flags = dict(use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True)
+    flags |= dict(lower_bound=lower_bound, allow_neg_eigval=neg_eigval, state_v_first=turned)
+    op = activated(lower_bound, 2.0 if neg_eigval else 1.0, turned)
+    truth = gradient(op, arguments, options, cotangents)
+    made = gradient(chunk_kda, arguments, options, cotangents, **flags)
+    assert set(made) == set(truth)
+    for name, error in errors(made, truth).items():
+        assert error <= 1e-11, name
+
+
+def test_the_judge_by_finite_differences():
+    """Central differences of the recurrence along random directions. With steps of 1e-5 their own error is
+    1e-10 by curvature, and 1e-10 by rounding."""
+    arguments, options, cotangents = case(packed=True)
+    rng = np.random.default_rng(3)
+    directions = {name: rng.standard_normal(x.shape) for name, x in arguments.items()}
+
+    @jax.jit
+    def loss(arguments):
+        results = naive_recurrent_kda(**arguments, output_final_state=True, **options)
+        return sum(jnp.sum(x * y) for x, y in zip(results, cotangents, strict=True))
+
+    truth = gradient(naive_recurrent_kda, arguments, options, cotangents)
+    for name, direction in directions.items():
+        step = 1e-5 * direction
+        above, below = (loss(arguments | {name: arguments[name] + x}) for x in (step, -step))
+        slope = np.sum(truth[name] * direction)
+        assert abs((above - below) / 2e-5 - slope) <= 1e-7 * np.linalg.norm(truth[name]), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_check_grads_in_both_modes(packed):
+    """JAX's own finite differences, with its tolerance for float64."""
+    arguments, options, _ = case(packed=packed, T=T if packed else 70)
+
+    def op(arguments):
+        return chunk_kda(**arguments, output_final_state=True, chunk_size=32, **options)
+
+    check_grads(jax.jit(op), (arguments,), order=1, modes=("fwd", "rev"))
+
+
+def test_every_field_of_chunk_kda_fwd():
+    """The gradient through o and the final state is `chunk_kda`'s; through the others it is finite, and
+    the derivative along a direction that forward mode gives."""
+    arguments, options, cotangents = case("weak", packed=True)
+    truth = gradient(chunk_kda, arguments, options, cotangents)
+
+    def o_and_state(**arguments):
+        made = chunk_kda_fwd(**arguments)
+        return made.o, made.final_state
+
+    made = gradient(o_and_state, arguments, options, cotangents)
+    for name, error in errors(made, truth).items():
+        assert error <= 1e-11, name
+
+    def fields(arguments):
+        made = chunk_kda_fwd(**arguments, output_final_state=True, disable_recompute=True, **options)
+        return made._replace(initial_state=None)
+
+    rng = np.random.default_rng(4)
+    direction = {name: rng.standard_normal(x.shape) for name, x in arguments.items()}
+    results, pushed = jax.jit(lambda x, dx: jax.jvp(fields, (x,), (dx,)))(arguments, direction)
+    cotangents = jax.tree.map(lambda x: rng.standard_normal(x.shape), results)
+    (pulled,) = jax.jit(lambda x, ct: jax.vjp(fields, x)[1](ct))(arguments, cotangents)
+    forward = sum(
+        np.sum(x * y) for x, y in zip(jax.tree.leaves(pushed), jax.tree.leaves(cotangents), strict=True)
+    )
+    reverse = sum(np.sum(pulled[name] * direction[name]) for name in NAMES)
+    assert abs(forward - reverse) <= 1e-11 * sum(np.linalg.norm(pulled[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("length", [1, T])
+@pytest.mark.parametrize("gate", [-1000.0, -np.inf])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_finite_everywhere(beta, gate, length, dtype):
+    """Hard gates, extreme betas, zero keys, one token; and a gate of -inf has gradient 0."""
+    arguments, options, cotangents = case(dtype=dtype)
+    arguments["g"][:, ::3, :, ::2] = gate
+    arguments["beta"][:] = beta
+    arguments["k"][:, 2::5] = 0
+    short = {name: x if name == "initial_state" else x[:, :length] for name, x in arguments.items()}
+    for flags in ({}, dict(use_qk_l2norm_in_kernel=True)):
+        made = gradient(chunk_kda, short, options, (cotangents[0][:, :length], cotangents[1]), **flags)
+        assert not made["g"][np.isinf(short["g"])].any()
+
+
+def test_infinite_gates_everywhere():
+    arguments, options, cotangents = case(packed=True)
+    arguments["g"][:] = -np.inf
+    made = gradient(chunk_kda, arguments, options, cotangents)
+    assert not made["g"].any()
+
+
+def test_padding_gets_exactly_zero():
+    """Even where it holds NaN, and where NaN is sent back to it."""
+    arguments, options, cotangents = case(packed=True, HV=2 * H)
+    clean = gradient(chunk_kda, arguments, options, cotangents)
+    for x in (*(arguments[name] for name in NAMES[:5]), cotangents[0]):
+        x[:, CU_SEQLENS[-1] :] = np.nan
+    made = gradient(chunk_kda, arguments, options, cotangents)
+    for name in NAMES:
+        np.testing.assert_array_equal(made[name], clean[name])
+    for name in NAMES[:5]:
+        assert not made[name][:, CU_SEQLENS[-1] :].any()
+
+
+@pytest.mark.parametrize("poisoned", [0, 2, 3])
+def test_no_gradient_between_sequences(poisoned):
+    """NaN in every argument and cotangent of one sequence: the gradients of the others keep their bits, and
+    a cotangent of one sequence alone moves that sequence alone."""
+    arguments, options, cotangents = case(packed=True)
+    span = slice(CU_SEQLENS[poisoned], CU_SEQLENS[poisoned + 1])
+    clean = gradient(chunk_kda, arguments, options, cotangents)
+    own = jax.tree.map(np.zeros_like, cotangents)
+    own[0][:, span], own[1][poisoned] = cotangents[0][:, span], cotangents[1][poisoned]
+    alone = gradient(chunk_kda, arguments, options, own)
+    for x in (*(arguments[name] for name in NAMES[:5]), cotangents[0]):
+        x[:, span] = np.nan
+    arguments["initial_state"][poisoned] = cotangents[1][poisoned] = np.nan
+    made = vjp(chunk_kda, arguments, cotangents, (), options)
+    for name in NAMES:
+        axis, where = (0, poisoned) if name == "initial_state" else (1, span)
+        rest = np.delete(np.arange(clean[name].shape[axis]), where)
+        np.testing.assert_array_equal(np.take(made[name], rest, axis), np.take(clean[name], rest, axis))
+        assert not np.take(alone[name], rest, axis).any()
+
+
+def test_vmap_of_gradients():
+    """A batch of gradients is the gradients of the batch's members."""
+    first, options, cotangents = case(packed=True)
+    second, _, _ = case(packed=True, seed=5)
+    both = {name: np.stack([first[name], second[name]]) for name in NAMES}
+
+    def loss(arguments):
+        o, final_state = chunk_kda(**arguments, output_final_state=True, **options)
+        return jnp.sum(o * cotangents[0]) + jnp.sum(final_state * cotangents[1])
+
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(both)
+    for i, member in enumerate((first, second)):
+        truth = gradient(chunk_kda, member, options, cotangents)
+        for name, error in errors({name: x[i] for name, x in mapped.items()}, truth).items():
+            assert error <= 1e-11, name
+
+
+def test_memory_does_not_hold_the_chunks():
+    """Beyond inputs and gradients: a state a chunk, and a few arrays of the length of o. What the stages make
+    of a chunk is 20 times its state here, and an array of T tokens a chunk would be 64 times."""
+    T, H, K = 4096, 2, 64
+    arguments = dict(zip(NAMES, draw(T=64, H=H, K=K), strict=False))
+    arguments = {name: jax.ShapeDtypeStruct((1, T, *x.shape[2:]), x.dtype) for name, x in arguments.items()}
+    states, o = (T // 64 + 1) * H * K * K * 4, T * H * K * 4
+    for options in ({}, dict(cu_seqlens=np.array([0, 1000, T]))):
+        loss = jax.jit(jax.grad(lambda x, options=options: jnp.sum(chunk_kda(**x, **options)[0] ** 2)))
+        temporaries = loss.lower(arguments).compile().memory_analysis().temp_size_in_bytes
+        assert temporaries <= states + 8 * o, (temporaries, states, o)
