@@ -9,7 +9,7 @@ from jax import lax
 
 from . import checks, chunking
 from .decay import double, halves, of_tokens
-from .dot import dot, merge_channels, split_channels, storage, sum_parts
+from .dot import dot, merge_channels, split_channels, spread, storage, sum_parts
 from .solve import solve
 from .wy_fast import recompute_w_u
 
@@ -42,7 +42,8 @@ def intra(q, k, a):
     *lead, C, K = a.shape
     # XLA's sum is slow, and so are products in a batch.
     diagonal = jnp.einsum("...k,k->...", q * k, jnp.ones(K, k.dtype), precision=lax.Precision.HIGHEST)
-    rows = split_channels((jnp.stack([q, k], axis=-2) * a[..., None, :]).reshape(*lead, 2 * C, K))
+    rows = jnp.stack([q, k], axis=-2) * spread(a[..., None, :], -2, 2)
+    rows = split_channels(rows.reshape(*lead, 2 * C, K))
     rows = lax.optimization_barrier(rows)  # made once, not anew at every level
     cols, total = split_channels(k), split_channels(a)
     inside = jnp.stack([diagonal, jnp.zeros_like(diagonal)], axis=-1)[..., None]

@@ -1,9 +1,11 @@
-"""The one way to contract, at full precision, and the one way to round an intermediate."""
+"""The one way to contract, at full precision, to repeat along an axis, and to round an intermediate."""
 
 import functools
 import math
 import operator
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -47,6 +49,24 @@ def merge_channels(x):
 def sum_parts(z, axis):
     """The sum over channels, of what `dot` made of each of their parts."""
     return functools.reduce(operator.add, jnp.moveaxis(z, axis, 0))  # XLA's sum is slow
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def spread(x, axis, n):
+    """x, of length 1 along `axis` (-1 or -2), repeated n times along it."""
+    return jnp.broadcast_to(x, (*x.shape[:-2], *((x.shape[-2], n) if axis == -1 else (n, x.shape[-1]))))
+
+
+@spread.defjvp
+def _spread_jvp(axis, n, primals, tangents):
+    return spread(*primals, axis, n), spread_by_product(*tangents, axis, n)
+
+
+def spread_by_product(x, axis, n):
+    """`spread` for tangents: the gradient is a product with ones, where XLA's sum over an axis is slow."""
+    if axis == -1:
+        return dot("...io,...oj->...ij", x, jnp.ones((1, n), x.dtype))
+    return dot("...io,...oj->...ij", jnp.ones((n, 1), x.dtype), x)
 
 
 def storage(dtype):

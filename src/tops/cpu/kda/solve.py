@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dot import dot
+from .dot import dot, spread
 
 
 def solve(inside, below, beta, r):
@@ -19,7 +19,7 @@ def solve(inside, below, beta, r):
     """
     *lead, n, _, b = inside.shape
     inverse = invert(beta.reshape(*lead, n, b, 1) * inside[..., 1::2, :])
-    y, z = _substitute(inverse, below, beta[..., None], r)
+    y, z = _substitute(inverse, below, spread(beta[..., None], -1, r.shape[-1]), r)
     own = dot("...ij,...jv->...iv", inside[..., 0::2, :], y.reshape(*lead, n, b, -1))
     return y, z + own.reshape(y.shape)
 
