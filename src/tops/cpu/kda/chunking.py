@@ -123,6 +123,7 @@ def keep_rows(rows, length):
     return jnp.where(_over_rows(jnp.arange(rows.shape[1]) < length, rows), rows, 0)
 
 
+@jax.custom_jvp
 def put(x, rows, start, length):
     """x [B, T, ...] with its tokens [start, start + length) replaced by the first rows of [B, C, ...]."""
     C = rows.shape[1]
@@ -135,6 +136,15 @@ def put(x, rows, start, length):
     old = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
     rows = jnp.where(inside, jnp.take(rows, index, axis=1, mode="clip"), old)
     return lax.dynamic_update_slice_in_dim(x, rows, begin, axis=1)
+
+
+@put.defjvp
+def _put_jvp(primals, tangents):
+    # Chunks do not overlap: what is replaced is zero, and its tangent. Replaced, it would be zeroed in the
+    # gradient, for which XLA copies all of it at every chunk.
+    x, rows, *where = primals
+    dx, drows, *_ = tangents
+    return put(x, rows, *where), dx + put(jnp.zeros_like(dx), drows, *where)
 
 
 def _over_rows(mask, x):
