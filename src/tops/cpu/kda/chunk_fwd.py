@@ -188,7 +188,9 @@ def scan_chunks(
     def chunk_step(S, start, length):
         rows = [chunking.cut(x, start, length, C) for x in inputs]
         if packed:  # NT is a bound: skip the chunks that this packing does not need
-            return lax.cond(length > 0, compute, idle, S, length, *rows)
+            # Recomputed inside the branch of the gradient: what leaves a branch is copied.
+            computed = jax.checkpoint(compute, prevent_cse=False)
+            return lax.cond(length > 0, computed, idle, S, length, *rows)
         return compute(S, length, *rows)
 
     def step(carry, chunk):
