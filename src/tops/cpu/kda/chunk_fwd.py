@@ -187,11 +187,12 @@ def scan_chunks(
     @partial(jax.checkpoint, prevent_cse=False)  # of a chunk, its gradient keeps the state that entered it
     def chunk_step(S, start, length):
         rows = [chunking.cut(x, start, length, C) for x in inputs]
-        if packed:  # NT is a bound: skip the chunks that this packing does not need
-            # Recomputed inside the branch of the gradient: what leaves a branch is copied.
-            computed = jax.checkpoint(compute, prevent_cse=False)
-            return lax.cond(length > 0, computed, idle, S, length, *rows)
-        return compute(S, length, *rows)
+        if not packed:
+            return compute(S, length, *rows)
+        # NT is a bound: skip the chunks that this packing does not need. The gradient recomputes them inside
+        # its branch, since what leaves a branch is copied.
+        computed = jax.checkpoint(compute, prevent_cse=False)
+        return lax.cond(length > 0, computed, idle, S, length, *rows)
 
     def step(carry, chunk):
         states, buffers = carry

@@ -3,7 +3,6 @@
 import functools
 import math
 import operator
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +50,7 @@ def sum_parts(z, axis):
     return functools.reduce(operator.add, jnp.moveaxis(z, axis, 0))  # XLA's sum is slow
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def spread(x, axis, n):
     """x, of length 1 along `axis` (-1 or -2), repeated n times along it."""
     return jnp.broadcast_to(x, (*x.shape[:-2], *((x.shape[-2], n) if axis == -1 else (n, x.shape[-1]))))
