@@ -1,10 +1,15 @@
 """Bad input is refused in one line that names the argument, what was expected, and what came."""
 
+import inspect
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tops.cpu.kda
 from tops.cpu.kda import (
     chunk_gated_delta_rule_fwd_h,
     chunk_gla_fwd_o_gk,
@@ -14,8 +19,14 @@ from tops.cpu.kda import (
     chunk_local_cumsum,
     fused_kda_gate,
     fused_recurrent_kda,
+    kda_gate_chunk_cumsum,
+    kda_gate_fwd,
     naive_kda_gate,
+    naive_kda_lowerbound_gate,
     naive_recurrent_kda,
+    prepare_chunk_indices,
+    prepare_chunk_offsets,
+    prepare_lens,
     recompute_w_u_fwd,
 )
 
@@ -32,6 +43,7 @@ GOOD = dict(
 TWICE = {name: np.concatenate([x, x]) for name, x in GOOD.items()}
 CU = np.array([0, 3, 8])
 FLOATS = "an array of float64, float32, bfloat16, float16"
+INTEGERS = "an array of int32, int64"
 
 EVERYWHERE = [
     (dict(q=zeros(T, H, K)), ValueError, "q: expected a shape [B, T, H, K], got (8, 2, 3)"),
@@ -71,6 +83,8 @@ EVERYWHERE = [
     ),
     (dict(scale="1"), TypeError, "scale: expected a number, got str"),
     (dict(scale=True), TypeError, "scale: expected a number, got bool"),
+    (dict(scale=np.ones(1)), TypeError, "scale: expected a number, got an array of float64"),
+    (dict(scale=10**400), ValueError, "scale: expected a finite number, got inf"),
     (dict(scale=float("nan")), ValueError, "scale: expected a finite number, got nan"),
     (
         dict(initial_state=zeros(B, HV, V, K)),
@@ -87,11 +101,16 @@ EVERYWHERE = [
         TypeError,
         "initial_state: expected at most float32, as q is float32, got float64",
     ),
-    (dict(cu_seqlens=[0, 8]), TypeError, "cu_seqlens: expected an integer array, got list"),
+    (dict(cu_seqlens=[0, 8]), TypeError, f"cu_seqlens: expected {INTEGERS}, got list"),
     (
         dict(cu_seqlens=np.array([0.0, 8.0])),
         TypeError,
-        "cu_seqlens: expected an integer array, got an array of float64",
+        f"cu_seqlens: expected {INTEGERS}, got an array of float64",
+    ),
+    (
+        dict(cu_seqlens=np.array([0, 5, 4], np.uint32)),
+        TypeError,
+        f"cu_seqlens: expected {INTEGERS}, got an array of uint32",
     ),
     (
         dict(cu_seqlens=np.array([[0, 8]])),
@@ -122,11 +141,24 @@ EVERYWHERE = [
 ]
 CHUNKED = [
     (dict(chunk_size=48), ValueError, "chunk_size: expected one of (16, 32, 64, 128), got 48"),
+    (dict(chunk_size=0), ValueError, "chunk_size: expected one of (16, 32, 64, 128), got 0"),
+    (dict(chunk_size=-64), ValueError, "chunk_size: expected one of (16, 32, 64, 128), got -64"),
+    (dict(chunk_size=True), TypeError, "chunk_size: expected one of (16, 32, 64, 128), got bool"),
     (dict(chunk_size=64.0), TypeError, "chunk_size: expected one of (16, 32, 64, 128), got float"),
     (
         dict(chunk_indices=np.array([[0, 0]])),
         ValueError,
         "chunk_indices: expected None without cu_seqlens, got an array of int64",
+    ),
+    (
+        dict(cu_seqlens=CU, chunk_indices=np.zeros((2, 2))),
+        TypeError,
+        f"chunk_indices: expected {INTEGERS}, got an array of float64",
+    ),
+    (
+        dict(cu_seqlens=CU, chunk_indices=np.zeros((1, 2), int)),
+        ValueError,
+        "chunk_indices: expected the 2 chunks of cu_seqlens (prepare_chunk_indices(cu_seqlens, 64)), got 1",
     ),
     (
         dict(cu_seqlens=CU, chunk_indices=np.array([0, 1])),
@@ -175,6 +207,21 @@ GATED = [
         dict(use_gate_in_kernel=True, A_log=zeros(HV), dt_bias=zeros(HV, K)),
         ValueError,
         "dt_bias: expected a shape [HV*K], got (4, 3)",
+    ),
+    (
+        dict(use_gate_in_kernel=True, lower_bound=float("-inf")),
+        ValueError,
+        "lower_bound: expected a finite number, got -inf",
+    ),
+    (
+        dict(use_gate_in_kernel=True, A_log=zeros(HV, dtype=np.float64)),
+        TypeError,
+        "A_log: expected at most float32, as g is float32, got float64",
+    ),
+    (
+        dict(use_gate_in_kernel=True, lower_bound=0, safe_gate=True),
+        ValueError,
+        "lower_bound: expected a number in [-5, 0) with safe_gate, got 0",
     ),
     (
         dict(use_gate_in_kernel=True, lower_bound=-6.0, safe_gate=True),
@@ -229,7 +276,7 @@ STAGES = [
         recompute_w_u_fwd,
         WY | dict(A=zeros(B, T, HV, 20)),
         ValueError,
-        "chunk_size: expected one of (16, 32, 64, 128), got 20",
+        "A: expected [B, T, HV, C] with C one of (16, 32, 64, 128), got (1, 8, 4, 20)",
     ),
     (
         recompute_w_u_fwd,
@@ -262,6 +309,18 @@ STAGES = [
         "A: expected [B, T, HV, C] = (1, 8, 4, 64), got (1, 8, 4, 32)",
     ),
     (
+        chunk_gla_fwd_o_gk,
+        OUTPUT | dict(cu_seqlens=[0, 8], chunk_indices=np.zeros((1, 2), int)),
+        TypeError,
+        f"cu_seqlens: expected {INTEGERS}, got list",
+    ),
+    (
+        chunk_local_cumsum,
+        dict(g=[0.0], chunk_size=16),
+        TypeError,
+        f"g: expected {FLOATS}, got list",
+    ),
+    (
         chunk_local_cumsum,
         dict(g=zeros(T), chunk_size=16),
         ValueError,
@@ -284,6 +343,44 @@ STAGES = [
         dict(g=GOOD["g"], A_log=zeros(H)),
         ValueError,
         "A_log: expected [HV] = (4,), got (2,)",
+    ),
+    (
+        naive_kda_lowerbound_gate,
+        dict(g=GOOD["g"], A_log=zeros(HV), lower_bound=None),
+        TypeError,
+        "lower_bound: expected a number, got NoneType",
+    ),
+    (
+        kda_gate_chunk_cumsum,
+        dict(g=GOOD["g"], A_log=zeros(HV), chunk_size=48),
+        ValueError,
+        "chunk_size: expected one of (16, 32, 64, 128), got 48",
+    ),
+    (
+        kda_gate_chunk_cumsum,
+        dict(g=zeros(HV, K), A_log=zeros(HV), chunk_size=64),
+        ValueError,
+        "g: expected a shape [B, T, HV, K], got (4, 3)",
+    ),
+    *(
+        (op, dict(chunk_size=64) | row[0], *row[1:])
+        for op in (prepare_chunk_offsets, prepare_chunk_indices)
+        for row in (
+            (dict(cu_seqlens=[0, 8]), TypeError, f"cu_seqlens: expected {INTEGERS}, got list"),
+            (
+                dict(cu_seqlens=np.array([0, 200], np.uint8)),
+                TypeError,
+                f"cu_seqlens: expected {INTEGERS}, got an array of uint8",
+            ),
+            (dict(cu_seqlens=CU, chunk_size=64.0), TypeError, "chunk_size: expected an integer, got float"),
+            (dict(cu_seqlens=CU, chunk_size=0), ValueError, "chunk_size: expected at least 1, got 0"),
+        )
+    ),
+    (
+        prepare_lens,
+        dict(cu_seqlens=np.array([0, 5, 4])),
+        ValueError,
+        "cu_seqlens: expected entries that do not decrease, got 5, 4 at 1",
     ),
 ]
 REFUSED = [
@@ -310,16 +407,143 @@ def test_refused_in_one_line(op, arguments, kind, message):
     assert str(refusal.value) == message
 
 
-def test_shapes_are_checked_under_jit():
-    with pytest.raises(ValueError, match=r"k: expected \[B, T, H, K\] = \(1, 8, 2, 3\), got \(1, 8, 2, 4\)"):
-        jax.jit(chunk_kda)(**GOOD | dict(k=zeros(B, T, H, 4)))
+STATE = dict(initial_state=zeros(B, HV, K, V))
+GATE = dict(A_log=zeros(HV), dt_bias=zeros(HV * K))
+# Every public op that takes arrays, with all of them given.
+EVERYTHING = {
+    chunk_kda: GOOD | STATE | GATE | dict(use_gate_in_kernel=True),
+    chunk_kda_fwd: GOOD | STATE | GATE | dict(use_gate_in_kernel=True),
+    fused_recurrent_kda: GOOD | STATE | GATE | dict(use_gate_in_kernel=True),
+    naive_recurrent_kda: GOOD | STATE,
+    chunk_kda_fwd_intra: INTRA,
+    recompute_w_u_fwd: WY | dict(q=GOOD["q"]),
+    chunk_gated_delta_rule_fwd_h: STATE_PASS | STATE | dict(g=GOOD["beta"]),
+    chunk_gla_fwd_o_gk: OUTPUT,
+    chunk_local_cumsum: dict(g=GOOD["g"], chunk_size=64),
+    kda_gate_chunk_cumsum: GATE | dict(g=GOOD["g"], chunk_size=64),
+    kda_gate_fwd: GATE | dict(g=GOOD["g"]),
+    naive_kda_gate: GATE | dict(g=GOOD["g"]),
+    naive_kda_lowerbound_gate: GATE | dict(g=GOOD["g"]),
+}
+ARRAYS = [(op, name) for op, given in EVERYTHING.items() for name, x in given.items() if hasattr(x, "shape")]
+
+
+def refusal_of(op, arguments, kind):
+    """The message, one line that names an argument; the same eagerly and under a transformation."""
+    arrays = {name: x for name, x in arguments.items() if hasattr(x, "shape")}
+    others = {name: x for name, x in arguments.items() if name not in arrays}
+    messages = set()
+    for transformed in (lambda op, **x: op(**x), jax.eval_shape):
+        with pytest.raises(kind) as refusal:
+            transformed(partial(op, **others), **arrays)
+        messages.add(str(refusal.value))
+    (message,) = messages
+    name, rest = re.fullmatch(r"(\w+): (expected .+, got .+)", message).groups()
+    assert name in inspect.signature(op).parameters
+    return name, rest
+
+
+def test_the_table_leaves_no_op_and_no_array_out():
+    helpers = {prepare_lens, prepare_chunk_offsets, prepare_chunk_indices}
+    public = {getattr(tops.cpu.kda, name) for name in tops.cpu.kda.__all__ if name != "ChunkKDAForward"}
+    assert public == {*EVERYTHING, *helpers}
+    packing = {"cu_seqlens", "chunk_indices"}
+    for op, given in EVERYTHING.items():
+        arrays = {name: x for name, x in given.items() if hasattr(x, "shape")}
+        jax.eval_shape(partial(op, **{name: given[name] for name in given.keys() - arrays}), **arrays)
+        for name, parameter in inspect.signature(op).parameters.items():
+            assert name in given or name in packing or parameter.default is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize(("op", "name"), ARRAYS)
+def test_every_array_is_held_to_its_dtype(op, name):
+    given = EVERYTHING[op]
+    for dtype in ("int32", "complex64", "bool", "float8_e5m2"):
+        refused = refusal_of(op, given | {name: given[name].astype(dtype)}, TypeError)
+        assert refused == (name, f"expected {FLOATS}, got an array of {dtype}")
+    for x, kind in (([1.0], "list"), (1.0, "float"), (given[name].astype(">f4"), "an array of >f4")):
+        with pytest.raises(TypeError) as refusal:
+            op(**given | {name: x})
+        assert str(refusal.value) == f"{name}: expected {FLOATS}, got {kind}"
+    with jax.enable_x64(False), pytest.raises(TypeError) as refusal:
+        op(**given | {name: given[name].astype(np.float64)})
+    expected = "expected float32 or less while jax_enable_x64 is off, got float64"
+    assert str(refusal.value) == f"{name}: {expected}"
+
+
+# What the other arrays of a call do not hold: the leading axes of a gate, an axis that one array alone has,
+# H where twice as many heads divide HV too.
+ANY_RANK = {(op, "g") for op in (chunk_local_cumsum, kda_gate_fwd, naive_kda_gate, naive_kda_lowerbound_gate)}
+FREE = {
+    (chunk_kda_fwd_intra, "v"): {3},
+    (recompute_w_u_fwd, "v"): {3},
+    (recompute_w_u_fwd, "A"): {3},
+    (chunk_gated_delta_rule_fwd_h, "k"): {2},
+    (chunk_gla_fwd_o_gk, "q"): {2},
+    (chunk_local_cumsum, "g"): {0, 1, 2, 3},
+    (kda_gate_chunk_cumsum, "g"): {0, 1},
+} | {key: {0, 1} for key in ANY_RANK if key[0] is not chunk_local_cumsum}
+
+
+@pytest.mark.parametrize(("op", "name"), ARRAYS)
+def test_every_axis_is_held_to_the_others(op, name):
+    """A rank more or less, an axis of 0, an axis of another size. Of two that differ, either may be named."""
+    given = EVERYTHING[op]
+    x = given[name]
+    if (op, name) not in ANY_RANK:
+        refusal_of(op, given | {name: x[None]}, ValueError)
+        refusal_of(op, given | {name: np.asarray(x[0])}, ValueError)
+    for axis in range(x.ndim):
+        refusal_of(op, given | {name: np.take(x, [], axis)}, ValueError)
+        if axis not in FREE.get((op, name), ()):
+            refusal_of(op, given | {name: np.concatenate([x, x], axis)}, ValueError)
+
+
+@pytest.mark.parametrize("op", [*EVERYTHING])
+def test_every_flag_is_a_bool(op):
+    """What a misplaced positional argument would end up in."""
+    names = [name for name, p in inspect.signature(op).parameters.items() if isinstance(p.default, bool)]
+    for name in names:
+        for x, kind in ((1, "int"), (np.ones(1), "an array of float64"), (None, "NoneType")):
+            with pytest.raises(TypeError) as refusal:
+                op(**EVERYTHING[op] | {name: x})
+            assert str(refusal.value) == f"{name}: expected a bool, got {kind}"
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in EVERYTHING if "storage_dtype" in inspect.signature(op).parameters]
+)
+def test_no_dtype_that_jax_would_cast_down(op):
+    with jax.enable_x64(False), pytest.raises(TypeError) as refusal:
+        op(**EVERYTHING[op], storage_dtype=np.float64)
+    expected = "expected float32 or less while jax_enable_x64 is off, got float64"
+    assert str(refusal.value) == f"storage_dtype: {expected}"
+
+
+def test_numpy_scalars_are_numbers():
+    """They do not widen the arithmetic, as they would in JAX's promotion."""
+    gate = dict(use_gate_in_kernel=True, A_log=GATE["A_log"])
+    numbers = dict(scale=0.5, lower_bound=-3.0, chunk_size=32)
+    scalars = dict(scale=np.float64(0.5), lower_bound=np.float64(-3), chunk_size=np.int64(32))
+    program, expected = (
+        jax.make_jaxpr(partial(chunk_kda, **gate, **x))(*GOOD.values()) for x in (scalars, numbers)
+    )
+    assert str(program) == str(expected)
+    g = kda_gate_fwd(GOOD["g"], lower_bound=np.float64(-3), output_dtype=None)
+    assert g.dtype == np.float32
+
+
+def test_facts_that_are_static_are_checked_under_jit():
     with pytest.raises(TypeError, match="scale: expected a number, got an array of float32"):
         jax.jit(chunk_kda)(**GOOD, scale=jnp.float32(1))
-
-
-def test_float64_is_refused_while_x64_is_off():
-    wide = {name: x.astype(np.float64) for name, x in GOOD.items()}
-    with jax.enable_x64(False), pytest.raises(TypeError) as refusal:
-        chunk_kda(**wide)
-    message = "q: expected float32 or less while jax_enable_x64 is off, got float64"
-    assert str(refusal.value) == message
+    with pytest.raises(TypeError, match="output_final_state: expected a bool, got an array of bool"):
+        jax.jit(chunk_kda)(**GOOD, output_final_state=True)
+    with pytest.raises(TypeError, match=r"chunk_size: expected one of .*, got an array of int64"):
+        jax.jit(chunk_kda)(**GOOD, chunk_size=64)
+    known = jnp.array([0, 9])
+    with pytest.raises(ValueError, match="cu_seqlens: expected a last entry of at most T=8, got 9"):
+        jax.jit(lambda: chunk_kda(**GOOD, cu_seqlens=known))()
+    with pytest.raises(ValueError, match=r"chunk_indices: expected the 2 chunks of cu_seqlens .*, got 1"):
+        jax.jit(partial(chunk_kda, **GOOD, cu_seqlens=CU))(chunk_indices=np.zeros((1, 2), int))
+    with pytest.raises(TypeError, match=r"cu_seqlens: expected values that are known .*, got a traced array"):
+        jax.jit(partial(prepare_chunk_indices, chunk_size=64))(CU)

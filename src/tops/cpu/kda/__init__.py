@@ -1,12 +1,11 @@
 """Chunked Kimi Delta Attention (KDA) in pure JAX: the reference for people who write KDA kernels."""
 
-from . import checks, naive
+from . import checks, chunking, naive
 from .chunk import chunk_kda
 from .chunk_delta_h import chunk_gated_delta_rule_fwd_h
 from .chunk_fwd import ChunkKDAForward, chunk_kda_fwd
 from .chunk_intra import chunk_kda_fwd_intra
 from .chunk_o import chunk_gla_fwd_o_gk
-from .chunking import prepare_chunk_indices, prepare_chunk_offsets, prepare_lens
 from .fused_recurrent import fused_recurrent_kda
 from .gate import (
     chunk_local_cumsum,
@@ -18,7 +17,10 @@ from .gate import (
 )
 from .wy_fast import recompute_w_u_fwd
 
-naive_recurrent_kda = checks.guarded(naive.naive_recurrent_kda)
+naive_recurrent_kda = checks.guarded(naive.naive_recurrent_kda, checks.oracle)
+prepare_lens = checks.guarded(chunking.prepare_lens, checks.index_helper)
+prepare_chunk_offsets = checks.guarded(chunking.prepare_chunk_offsets, checks.index_helper)
+prepare_chunk_indices = checks.guarded(chunking.prepare_chunk_indices, checks.known_index_helper)
 
 __all__ = [
     "ChunkKDAForward",

@@ -18,6 +18,7 @@ from .chunking import concrete, max_num_chunks, prepare_chunk_indices
 
 CHUNK_SIZES = (16, 32, 64, 128)
 FLOATS = ("float64", "float32", "bfloat16", "float16")
+INTEGERS = ("int32", "int64")
 
 
 def forward(q, k, v, g, beta, scale, initial_state, state_v_first=False, cu_seqlens=None):
@@ -33,10 +34,18 @@ def forward(q, k, v, g, beta, scale, initial_state, state_v_first=False, cu_seql
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
     for name, x in dict(g=g, beta=beta).items():
-        _no_wider(name, x, q.dtype)
+        _no_wider(name, x, "q", q.dtype)
     sequences(cu_seqlens, sizes)
-    states(initial_state, state_v_first, q.dtype, sizes)
+    states(initial_state, state_v_first, sizes)
+    if initial_state is not None:
+        _no_wider("initial_state", initial_state, "q", q.dtype)
     return number_or("scale", scale, sizes["K"] ** -0.5)
+
+
+def oracle(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
+    """The contract of `naive_recurrent_kda`."""
+    flags(output_final_state=output_final_state)
+    forward(q, k, v, g, beta, scale, initial_state, cu_seqlens=cu_seqlens)
 
 
 def tensor(name, x, letters, sizes):
@@ -60,27 +69,42 @@ def grouped(name, sizes):
     _require(HV % H == 0, name, f"HV a multiple of H={H}", f"HV={HV}")
 
 
-def states(initial_state, state_v_first, dtype, sizes):
-    """`initial_state [N, HV, K, V]`, no wider than the arithmetic of `dtype`."""
+def states(initial_state, state_v_first, sizes):
+    """`initial_state [N, HV, K, V]`, or None."""
     if initial_state is not None:
         tensor("initial_state", initial_state, "N HV V K" if state_v_first else "N HV K V", sizes)
-        _no_wider("initial_state", initial_state, dtype)
+
+
+def flags(**given):
+    """A flag is a bool: it decides what is compiled, and a misplaced positional argument may end in it."""
+    for name, x in given.items():
+        if not isinstance(x, bool | np.bool_):
+            raise TypeError(f"{name}: expected a bool, got {_describe(x)}")
 
 
 def number_or(name, x, default):
-    """A finite Python number as a float; `default` for None."""
-    if x is None:
-        return default
+    """A finite number as a float; `default` for None."""
+    return default if x is None else number(name, x)
+
+
+def number(name, x):
+    """A finite number as a float."""
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {_describe(x)}")
+    try:
+        x = float(x)
+    except OverflowError:  # an int or a fraction that no float holds
+        x = math.inf
     _require(math.isfinite(x), name, "a finite number", x)
-    return float(x)
+    return x
 
 
 def layout(state_v_first, transpose_state_layout):
     """`state_v_first`, which `transpose_state_layout` was called once."""
+    flags(state_v_first=state_v_first)
     if transpose_state_layout is None:
         return state_v_first
+    flags(transpose_state_layout=transpose_state_layout)
     _require(not state_v_first, "transpose_state_layout", "None beside state_v_first", transpose_state_layout)
     message = "transpose_state_layout is deprecated: it is called state_v_first"
     warnings.warn(message, DeprecationWarning, stacklevel=3)
@@ -95,46 +119,68 @@ def storage(dtype, name="storage_dtype"):
         known = False
     if not known:
         raise TypeError(f"{name}: expected None or one of {', '.join(FLOATS)}, got {dtype!r}")
-    return None if dtype is None else jnp.dtype(dtype)
+    if dtype is None:
+        return None
+    _no_float64(name, jnp.dtype(dtype))
+    return jnp.dtype(dtype)
 
 
-def guarded(op):
-    """`op` behind the contract of `forward`: for the oracle, whose module imports nothing of the package."""
+def guarded(op, contract):
+    """`op` behind `contract`, which takes some of its arguments: for modules that do not import this one."""
     signature = inspect.signature(op)
+    names = inspect.signature(contract).parameters
 
     @functools.wraps(op)
     def checked(*args, **kwargs):
         arguments = signature.bind(*args, **kwargs)
         arguments.apply_defaults()
-        contract = inspect.signature(forward).parameters
-        forward(**{name: x for name, x in arguments.arguments.items() if name in contract})
+        contract(**{name: x for name, x in arguments.arguments.items() if name in names})
         return op(*args, **kwargs)
 
     return checked
 
 
+def chunk_columns(name, x):
+    """x [B, T, HV, C], whose last axis says the chunk size."""
+    _require(x.shape[-1] in CHUNK_SIZES, name, f"[B, T, HV, C] with C one of {CHUNK_SIZES}", x.shape)
+
+
 def chunks(chunk_size, cu_seqlens, chunk_indices, T):
-    """`chunk_size`, and `chunk_indices [NT, 2]` against the sequences that it lists."""
+    """`chunk_indices [NT, 2]` against what it lists; returns `chunk_size`, a NumPy one as an int."""
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral):
         raise TypeError(f"chunk_size: expected one of {CHUNK_SIZES}, got {_describe(chunk_size)}")
     _require(chunk_size in CHUNK_SIZES, "chunk_size", f"one of {CHUNK_SIZES}", chunk_size)
+    chunk_size = int(chunk_size)
     if chunk_indices is None:
-        return
+        return chunk_size
     _require(cu_seqlens is not None, "chunk_indices", "None without cu_seqlens", _describe(chunk_indices))
     _integers("chunk_indices", chunk_indices)
     pairs = chunk_indices.ndim == 2 and chunk_indices.shape[1] == 2
     _require(pairs, "chunk_indices", "a shape [NT, 2]", chunk_indices.shape)
     NT, most = chunk_indices.shape[0], max_num_chunks(T, cu_seqlens.shape[0] - 1, chunk_size)
     _require(most >= NT, "chunk_indices", f"[NT, 2] with NT of at most {most}", chunk_indices.shape)
-    if concrete(cu_seqlens) and concrete(chunk_indices):
+    if concrete(cu_seqlens):
         exact = prepare_chunk_indices(cu_seqlens, chunk_size)
         expected = f"the {len(exact)} chunks of cu_seqlens (prepare_chunk_indices(cu_seqlens, {chunk_size}))"
-        same = np.array_equal(exact, np.asarray(chunk_indices))
-        _require(same, "chunk_indices", expected, f"{NT} chunks that differ")
+        _require(len(exact) == NT, "chunk_indices", expected, f"{NT}")
+        if concrete(chunk_indices):
+            same = np.array_equal(exact, np.asarray(chunk_indices))
+            _require(same, "chunk_indices", expected, f"{NT} chunks that differ")
+    return chunk_size
+
+
+def cumsum(g, letters, chunk_size, scale, cu_seqlens, chunk_indices):
+    """The contract of the chunk-local cumulative sums; returns chunk_size and the scale, 1 for None."""
+    sizes = {}
+    tensor("g", g, letters, sizes)
+    sequences(cu_seqlens, sizes)
+    chunk_size = chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    return chunk_size, number_or("scale", scale, 1.0)
 
 
 def safe_gate(safe, lower_bound, needed=False):
     """FLA's rules for `safe_gate`: with it, `lower_bound` lies in [-5, 0); it must be given if `needed`."""
+    flags(safe_gate=safe)
     number_or("lower_bound", lower_bound, None)
     if safe and (needed or lower_bound is not None):
         in_range = lower_bound is not None and -5 <= lower_bound < 0
@@ -143,6 +189,7 @@ def safe_gate(safe, lower_bound, needed=False):
 
 def gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe, g):
     """The options of the in-kernel gate, for g [B, T, HV, K]."""
+    flags(use_gate_in_kernel=use_gate_in_kernel)
     safe_gate(safe, lower_bound, needed=use_gate_in_kernel)
     if use_gate_in_kernel:
         raw_gate(g, A_log, dt_bias, lower_bound)
@@ -162,33 +209,56 @@ def raw_gate(g, A_log, dt_bias, lower_bound):
     for name, x, letters, size in (("A_log", A_log, "HV", HV), ("dt_bias", dt_bias, "HV*K", HV * K)):
         if x is not None:
             tensor(name, x, letters, {letters: size})
-            _no_wider(name, x, g.dtype)
+            _no_wider(name, x, "g", g.dtype)
 
 
 def sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval):
     """The factor of beta's sigmoid, None where beta comes activated."""
+    flags(use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval)
     needed = "use_beta_sigmoid_in_kernel beside it"
     _require(use_beta_sigmoid_in_kernel or not allow_neg_eigval, "allow_neg_eigval", needed, allow_neg_eigval)
     return (2.0 if allow_neg_eigval else 1.0) if use_beta_sigmoid_in_kernel else None
 
 
 def sequences(cu_seqlens, sizes):
-    """`cu_seqlens [N + 1]`: 0 = cu_seqlens[0] <= ... <= cu_seqlens[N] <= T, with B = 1. `sizes` learns N."""
+    """`cu_seqlens [N + 1]`, with B = 1 and a last entry of at most T, or None. `sizes` learns N."""
     B, T = sizes["B"], sizes["T"]
     if cu_seqlens is None:
         sizes["N"] = B
         return
+    ends(cu_seqlens)
+    _require(B == 1, "cu_seqlens", "a batch of B=1 that holds the packed sequences", f"B={B}")
+    if concrete(cu_seqlens):
+        last = np.asarray(cu_seqlens)[-1]
+        _require(last <= T, "cu_seqlens", f"a last entry of at most T={T}", last)
+    sizes["N"] = cu_seqlens.shape[0] - 1
+
+
+def ends(cu_seqlens):
+    """`cu_seqlens [N + 1]`: 0 = cu_seqlens[0] <= ... <= cu_seqlens[N]."""
     _integers("cu_seqlens", cu_seqlens)
     right = cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
     _require(right, "cu_seqlens", "a shape [N + 1] with N of at least 1", cu_seqlens.shape)
-    _require(B == 1, "cu_seqlens", "a batch of B=1 that holds the packed sequences", f"B={B}")
     if concrete(cu_seqlens):
-        ends = np.asarray(cu_seqlens)
-        _require(ends[0] == 0, "cu_seqlens", "a first entry of 0", ends[0])
-        for n in np.flatnonzero(np.diff(ends) < 0):
-            _require(False, "cu_seqlens", "entries that do not decrease", f"{ends[n]}, {ends[n + 1]} at {n}")
-        _require(ends[-1] <= T, "cu_seqlens", f"a last entry of at most T={T}", ends[-1])
-    sizes["N"] = cu_seqlens.shape[0] - 1
+        x = np.asarray(cu_seqlens)
+        _require(x[0] == 0, "cu_seqlens", "a first entry of 0", x[0])
+        for n in np.flatnonzero(np.diff(x) < 0):
+            _require(False, "cu_seqlens", "entries that do not decrease", f"{x[n]}, {x[n + 1]} at {n}")
+
+
+def index_helper(cu_seqlens, chunk_size=1):
+    """The contract of `prepare_lens` and `prepare_chunk_offsets`."""
+    ends(cu_seqlens)
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral):
+        raise TypeError(f"chunk_size: expected an integer, got {_describe(chunk_size)}")
+    _require(chunk_size >= 1, "chunk_size", "at least 1", chunk_size)
+
+
+def known_index_helper(cu_seqlens, chunk_size):
+    """The contract of `prepare_chunk_indices`, whose number of rows follows from the values of cu_seqlens."""
+    index_helper(cu_seqlens, chunk_size)
+    if not concrete(cu_seqlens):
+        raise TypeError("cu_seqlens: expected values that are known (not under jit), got a traced array")
 
 
 def _require(holds, name, expected, came):
@@ -196,32 +266,36 @@ def _require(holds, name, expected, came):
         raise ValueError(f"{name}: expected {expected}, got {came}")
 
 
-def _array(name, x, kind):
+def _array(name, x, dtypes):
+    kind = "an array of " + ", ".join(dtypes)
     if not isinstance(x, (np.ndarray, jax.Array)):
         raise TypeError(f"{name}: expected {kind}, got {_describe(x)}")
-    if isinstance(x, np.ndarray) and x.dtype == np.float64 and not jax.config.jax_enable_x64:
-        raise TypeError(f"{name}: expected float32 or less while jax_enable_x64 is off, got float64")
+    if str(x.dtype) not in dtypes:  # str: the name of a dtype hides its byte order
+        raise TypeError(f"{name}: expected {kind}, got {_describe(x)}")
 
 
 def _floating(name, x):
-    kind = "an array of " + ", ".join(FLOATS)
-    _array(name, x, kind)
-    if x.dtype.name not in FLOATS:
-        raise TypeError(f"{name}: expected {kind}, got {_describe(x)}")
+    _array(name, x, FLOATS)
+    _no_float64(name, x.dtype)
 
 
 def _integers(name, x):
-    _array(name, x, "an integer array")
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name}: expected an integer array, got {_describe(x)}")
+    """No unsigned ones: their differences wrap around. No short ones: T may not fit."""
+    _array(name, x, INTEGERS)
 
 
-def _no_wider(name, x, dtype):
-    """Arithmetic is in promote_types(q.dtype, float32): a wider operand would be cast down."""
+def _no_float64(name, dtype):
+    """JAX would cast it down without a word."""
+    if dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise TypeError(f"{name}: expected float32 or less while jax_enable_x64 is off, got float64")
+
+
+def _no_wider(name, x, other, dtype):
+    """Arithmetic is in promote_types(dtype of other, float32): a wider operand would be cast down."""
     accumulator = jnp.promote_types(dtype, jnp.float32)
     if jnp.promote_types(x.dtype, accumulator) != accumulator:
-        raise TypeError(f"{name}: expected at most {accumulator}, as q is {dtype}, got {x.dtype}")
+        raise TypeError(f"{name}: expected at most {accumulator}, as {other} is {dtype}, got {x.dtype}")
 
 
 def _describe(x):
-    return f"an array of {x.dtype}" if hasattr(x, "dtype") else type(x).__name__
+    return f"an array of {x.dtype}" if isinstance(x, np.ndarray | jax.Array) else type(x).__name__

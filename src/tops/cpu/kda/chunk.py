@@ -53,9 +53,9 @@ def chunk_kda(
         lower_bound: with `use_gate_in_kernel`, g <- lower_bound * sigmoid(exp(A_log) * (g + dt_bias)).
         return_intermediate_states: return h, the state that enters each chunk, as a third result.
         state_v_first: states are [..., V, K].
-        cu_seqlens: integer [N + 1]; packs N sequences into B = 1, sequence n in tokens
+        cu_seqlens: int32 or int64 [N + 1]; packs N sequences into B = 1, sequence n in tokens
             [cu_seqlens[n], cu_seqlens[n + 1]). Tokens from cu_seqlens[N] on are padding.
-        chunk_indices: integer [NT, 2] of `prepare_chunk_indices`; makes the number of chunks exact
+        chunk_indices: int32 or int64 [NT, 2] of `prepare_chunk_indices`; makes the number of chunks exact
             under `jit`, where it is (T + N * (C - 1)) // C otherwise.
         chunk_size: C, one of 16, 32, 64, 128.
         A_log: [HV], for the gate; may be None beside `lower_bound`.
@@ -75,6 +75,11 @@ def chunk_kda(
     Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.chunk.chunk_kda`.
     """
     state_v_first = checks.layout(state_v_first, transpose_state_layout)
+    checks.flags(
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        return_intermediate_states=return_intermediate_states,
+    )
     activations = Activations(
         qk_l2norm=use_qk_l2norm_in_kernel,
         gate=use_gate_in_kernel,

@@ -71,7 +71,8 @@ def chunk_gated_delta_rule_fwd_h(
 
     Returns:
         h [B, NT, HV, K, V] and v_new [B, T, HV, V] or None, in `storage_dtype`, or else in the arithmetic's
-        dtype, the widest of k, w, u and float32; the final state [N, HV, K, V] or None, in that dtype always.
+        dtype, the widest of the arguments, float32 or wider; the final state [N, HV, K, V] or None, in that
+        dtype always.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -79,6 +80,7 @@ def chunk_gated_delta_rule_fwd_h(
     Source: `fla.ops.common.chunk_delta_h.chunk_gated_delta_rule_fwd_h`.
     """
     state_v_first = checks.layout(state_v_first, transpose_state_layout)
+    checks.flags(output_final_state=output_final_state, save_new_value=save_new_value, use_exp2=use_exp2)
     sizes = {}
     checks.tensor("k", k, "B T H K", sizes)
     checks.tensor("w", w, "B T HV K", sizes)
@@ -89,8 +91,8 @@ def chunk_gated_delta_rule_fwd_h(
     if gk is not None:
         checks.tensor("gk", gk, "B T HV K", sizes)
     checks.sequences(cu_seqlens, sizes)
-    checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
-    checks.states(initial_state, state_v_first, k.dtype, sizes)
+    chunk_size = checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    checks.states(initial_state, state_v_first, sizes)
     storage_dtype = checks.storage(storage_dtype)
     NT = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
     h, v_new, final_state = _chunk_gated_delta_rule_fwd_h(
@@ -107,7 +109,8 @@ def _chunk_gated_delta_rule_fwd_h(
 ):
     T, _, K = k.shape[1:]
     HV, V = u.shape[2:]
-    dtype = jnp.result_type(jnp.float32, k, w, u)
+    given = [x for x in (k, w, u, g, gk, initial_state) if x is not None]
+    dtype = jnp.result_type(jnp.float32, *given)
     store = storage(storage_dtype)
     chunks = chunking.Split(cu_seqlens, NT, T, C, HV, dtype)
     k, w, u = chunks.split(k), chunks.split(w), chunks.split(u)

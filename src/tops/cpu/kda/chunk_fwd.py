@@ -76,9 +76,9 @@ def chunk_kda_fwd(
         initial_state: [N, HV, K, V], or None for zeros; N is the number of sequences (B when dense).
         output_final_state: whether to return the final state.
         state_v_first: states are [..., V, K] in `initial_state`, `final_state` and `h`.
-        cu_seqlens: integer [N + 1]; packs N sequences into B = 1, sequence n in tokens
+        cu_seqlens: int32 or int64 [N + 1]; packs N sequences into B = 1, sequence n in tokens
             [cu_seqlens[n], cu_seqlens[n + 1]). Tokens from cu_seqlens[N] on are padding.
-        chunk_indices: integer [NT, 2] of `prepare_chunk_indices`; makes NT exact under `jit`, where it
+        chunk_indices: int32 or int64 [NT, 2] of `prepare_chunk_indices`; makes NT exact under `jit`, where it
             is (T + N * (C - 1)) // C otherwise.
         chunk_size: C, one of 16, 32, 64, 128.
         safe_gate: accepted for FLA's sake and held to its rules; this forward is safe for all gates.
@@ -103,6 +103,12 @@ def chunk_kda_fwd(
     Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.chunk_fwd.chunk_kda_fwd`.
     """
     state_v_first = checks.layout(state_v_first, transpose_state_layout)
+    checks.flags(
+        output_final_state=output_final_state,
+        use_gate_in_kernel=use_gate_in_kernel,
+        disable_recompute=disable_recompute,
+        return_intermediate_states=return_intermediate_states,
+    )
     fields = ("o", "Aqk", "Akk")
     if disable_recompute or not use_gate_in_kernel:
         fields += ("g",)
@@ -126,7 +132,7 @@ def forward(
 ):  # fmt: skip
     """(final_state, {field: tensor}) after the checks: what `chunk_kda_fwd` and `chunk_kda` share."""
     scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
-    checks.chunks(chunk_size, cu_seqlens, chunk_indices, q.shape[1])
+    chunk_size = checks.chunks(chunk_size, cu_seqlens, chunk_indices, q.shape[1])
     checks.gate(activations.gate, A_log, dt_bias, activations.lower_bound, safe_gate, g)
     storage_dtype = checks.storage(storage_dtype)
     NT = chunking.num_chunks(q.shape[1], cu_seqlens, chunk_indices, chunk_size)

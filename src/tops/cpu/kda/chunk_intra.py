@@ -133,6 +133,7 @@ def chunk_kda_fwd_intra(
 
     Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.chunk_intra.chunk_kda_fwd_intra`.
     """
+    checks.flags(disable_recompute=disable_recompute, use_exp2=use_exp2)
     sizes = {}
     checks.tensor("q", q, "B T H K", sizes)
     checks.tensor("k", k, "B T H K", sizes)
@@ -141,7 +142,7 @@ def chunk_kda_fwd_intra(
     checks.tensor("gk", gk, "B T HV K", sizes)
     checks.tensor("beta", beta, "B T HV", sizes)
     checks.sequences(cu_seqlens, sizes)
-    checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    chunk_size = checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
     checks.safe_gate(safe_gate, lower_bound)
     scale = checks.number_or("scale", scale, sizes["K"] ** -0.5)
     storage_dtype = checks.storage(storage_dtype)

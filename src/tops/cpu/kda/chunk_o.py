@@ -64,15 +64,16 @@ def chunk_gla_fwd_o_gk(
     Source: `fla.ops.gla.chunk.chunk_gla_fwd_o_gk`.
     """
     state_v_first = checks.layout(state_v_first, transpose_state_layout)
+    checks.flags(use_exp2=use_exp2)
     sizes = {}
     checks.tensor("q", q, "B T H K", sizes)
     checks.tensor("v", v, "B T HV V", sizes)
     checks.grouped("v", sizes)
     checks.tensor("g", g, "B T HV K", sizes)
-    checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    checks.sequences(cu_seqlens, sizes)
+    chunk_size = checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
     sizes["C"] = chunk_size
     checks.tensor("A", A, "B T HV C", sizes)
-    checks.sequences(cu_seqlens, sizes)
     sizes["NT"] = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
     checks.tensor("h", h, "B NT HV V K" if state_v_first else "B NT HV K V", sizes)
     scale = checks.number_or("scale", scale, sizes["K"] ** -0.5)

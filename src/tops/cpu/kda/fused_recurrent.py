@@ -53,6 +53,7 @@ def fused_recurrent_kda(
     Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.fused_recurrent.fused_recurrent_kda`.
     """
     state_v_first = checks.layout(state_v_first, transpose_state_layout)
+    checks.flags(output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
     scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
     checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
     activations = Activations(

@@ -35,7 +35,7 @@ def log_decay(g, A_log, dt_bias, lower_bound):
     g = g if dt_bias is None else g + dt_bias.reshape(g.shape[-2:])
     if lower_bound is None:
         return -jnp.exp(A_log)[:, None] * jax.nn.softplus(g)
-    return lower_bound * jax.nn.sigmoid(g if A_log is None else jnp.exp(A_log)[:, None] * g)
+    return float(lower_bound) * jax.nn.sigmoid(g if A_log is None else jnp.exp(A_log)[:, None] * g)
 
 
 def activate(q, k, g, beta, A_log, dt_bias, activations, store):
@@ -75,7 +75,7 @@ def kda_gate_fwd(g, A_log=None, dt_bias=None, lower_bound=None, output_dtype=jnp
         A_log: [HV]; may be None beside `lower_bound`: then exp(A_log) is 1.
         dt_bias: [HV * K] or None.
         lower_bound: a number or None.
-        output_dtype: the dtype of the result.
+        output_dtype: the dtype of the result; None is g's.
 
     Returns:
         [..., HV, K], log decay in nats.
@@ -88,7 +88,7 @@ def kda_gate_fwd(g, A_log=None, dt_bias=None, lower_bound=None, output_dtype=jnp
     checks.raw_gate(g, A_log, dt_bias, lower_bound)
     output_dtype = checks.storage(output_dtype, "output_dtype")
     A_log, dt_bias = (None if x is None else _widen(x) for x in (A_log, dt_bias))
-    return log_decay(_widen(g), A_log, dt_bias, lower_bound).astype(output_dtype)
+    return log_decay(_widen(g), A_log, dt_bias, lower_bound).astype(output_dtype or g.dtype)
 
 
 fused_kda_gate = kda_gate_fwd
@@ -101,6 +101,7 @@ def naive_kda_gate(g, A_log, dt_bias=None, output_dtype=jnp.float32):
 
 def naive_kda_lowerbound_gate(g, A_log=None, dt_bias=None, lower_bound=-5.0, output_dtype=jnp.float32):
     """`kda_gate_fwd` with a lower bound, named as in FLA: lower_bound * sigmoid(exp(A_log) (g + dt_bias))."""
+    checks.number("lower_bound", lower_bound)
     return kda_gate_fwd(g, A_log, dt_bias, lower_bound, output_dtype)
 
 
@@ -121,7 +122,7 @@ def chunk_local_cumsum(
         reverse: sum from the chunk's end.
         scale: a number, None is 1; 1 / ln 2 turns nats into log2.
         cu_seqlens, chunk_indices: as for `chunk_kda_fwd`.
-        output_dtype: the dtype of the result.
+        output_dtype: the dtype of the result; None is g's.
 
     Returns:
         The shape of g, in g's unit times `scale`; zero at padding.
@@ -131,14 +132,17 @@ def chunk_local_cumsum(
 
     Source: `fla.ops.utils.cumsum.chunk_local_cumsum`.
     """
-    sizes = {}
-    checks.tensor("g", g, "B T HV" if jnp.ndim(g) == 3 else "B T HV K", sizes)
-    checks.sequences(cu_seqlens, sizes)
-    checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
-    scale = checks.number_or("scale", scale, 1.0)
-    output_dtype = checks.storage(output_dtype, "output_dtype")
-    NT = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
-    chunks = chunking.Split(cu_seqlens, NT, sizes["T"], chunk_size, sizes["HV"], _widen(g[:0]).dtype)
+    checks.flags(reverse=reverse)
+    letters = "B T HV" if getattr(g, "ndim", None) == 3 else "B T HV K"
+    chunk_size, scale = checks.cumsum(g, letters, chunk_size, scale, cu_seqlens, chunk_indices)
+    output_dtype = checks.storage(output_dtype, "output_dtype") or g.dtype
+    return _chunk_local_cumsum(g, chunk_size, reverse, scale, cu_seqlens, output_dtype, chunk_indices)
+
+
+def _chunk_local_cumsum(g, C, reverse, scale, cu_seqlens, output_dtype, chunk_indices):
+    NT = chunking.exact_num_chunks(g.shape[1], cu_seqlens, chunk_indices, C)
+    dtype = jnp.promote_types(g.dtype, jnp.float32)
+    chunks = chunking.Split(cu_seqlens, NT, g.shape[1], C, g.shape[2], dtype)
     return chunks.merge(cumsum(scale * chunks.split(g), 3, reverse), output_dtype)
 
 
@@ -157,8 +161,10 @@ def kda_gate_chunk_cumsum(
 
     Source: `fla.ops.kda.gate.kda_gate_chunk_cumsum`.
     """
-    decay = kda_gate_fwd(g, A_log, dt_bias, lower_bound, _widen(g[:0]).dtype)
-    return chunk_local_cumsum(decay, chunk_size, False, scale, cu_seqlens, output_dtype, chunk_indices)
+    chunk_size, scale = checks.cumsum(g, "B T HV K", chunk_size, scale, cu_seqlens, chunk_indices)
+    output_dtype = checks.storage(output_dtype, "output_dtype") or g.dtype
+    decay = kda_gate_fwd(g, A_log, dt_bias, lower_bound, jnp.promote_types(g.dtype, jnp.float32))
+    return _chunk_local_cumsum(decay, chunk_size, False, scale, cu_seqlens, output_dtype, chunk_indices)
 
 
 def _widen(x):

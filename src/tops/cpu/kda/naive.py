@@ -28,7 +28,8 @@ def naive_recurrent_kda(
         scale: a number; None is K ** -0.5.
         initial_state: [N, HV, K, V], or None for zeros; N is the number of sequences (B when dense).
         output_final_state: whether to return the final state.
-        cu_seqlens: integer [N + 1]; packs N sequences into B = 1, tokens from cu_seqlens[-1] on are padding.
+        cu_seqlens: int32 or int64 [N + 1]; packs N sequences into B = 1, tokens from cu_seqlens[-1] on are
+            padding.
 
     Returns:
         o [B, T, HV, V] in v's dtype, zero at padding, and the final state [N, HV, K, V] or None, in the

@@ -52,6 +52,7 @@ def recompute_w_u_fwd(
 
     Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.wy_fast.recompute_w_u_fwd`.
     """
+    checks.flags(use_exp2=use_exp2)
     sizes = {}
     checks.tensor("k", k, "B T H K", sizes)
     checks.tensor("v", v, "B T HV V", sizes)
@@ -62,6 +63,7 @@ def recompute_w_u_fwd(
         checks.tensor("q", q, "B T H K", sizes)
     checks.grouped("v", sizes)
     checks.sequences(cu_seqlens, sizes)
+    checks.chunk_columns("A", A)
     checks.chunks(sizes["C"], cu_seqlens, chunk_indices, sizes["T"])
     storage_dtype = checks.storage(storage_dtype)
     NT = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, sizes["C"])
@@ -73,7 +75,7 @@ def recompute_w_u_fwd(
 @partial(jax.jit, static_argnames=("NT", "use_exp2", "storage_dtype"))
 def _recompute_w_u_fwd(k, v, beta, A, gk, q, cu_seqlens, *, NT, use_exp2, storage_dtype):
     (T, HV), C = v.shape[1:3], A.shape[-1]
-    dtype = jnp.result_type(jnp.float32, k, v, beta, A, gk)
+    dtype = jnp.result_type(jnp.float32, k, v, beta, A, gk, *([] if q is None else [q]))
     store = storage(storage_dtype)
     chunks = chunking.Split(cu_seqlens, NT, T, C, HV, dtype)
     prefix, suffix, _ = from_cumsum(chunks.split_cumsum(gk), use_exp2)
