@@ -195,7 +195,7 @@ class Split:
 
     def __init__(self, cu_seqlens, NT, T, C, HV, dtype):
         self.T, self.C, self.HV, self.dtype = T, C, HV, dtype
-        self.cu_seqlens = jnp.array([0, T]) if cu_seqlens is None else cu_seqlens
+        self.cu_seqlens = jnp.array([0, T]) if cu_seqlens is None else jnp.asarray(cu_seqlens)
         self.table = chunk_table(self.cu_seqlens, NT, C)
 
     def split(self, x):
