@@ -2,13 +2,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fla bench lint figures clean
+.PHONY: demo test fuzz mutants coverage test-fla bench lint figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tops.cpu.kda
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# make fuzz EXAMPLES=5000, or FOR=3600 for an hour; a failure prints the call that reproduces it.
+EXAMPLES ?= 2000
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz.py --examples $(EXAMPLES) $(if $(FOR),--seconds $(FOR))
+
+# Faults put into a copy of the package, one by one: the suite must fail for each.
+mutants: $(VENV)/.installed
+	$(BIN)/python tests/mutants.py
+
+coverage: $(VENV)/.installed
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 test-fla: $(VENV)-fla/.installed
 	$(VENV)-fla/bin/python -m pytest tests/fla
