@@ -68,13 +68,9 @@ def run(check, arguments, examples, number, done):
     except Exception as failure:
         notes = "\n".join(getattr(failure, "__notes__", []))
         call = re.search(rf"{check.__name__}\(.*?^\)", notes, re.DOTALL | re.MULTILINE)
+        call = " ".join((call.group() if call else notes).split())
         print(f"\n\n{''.join(traceback.format_exception(failure, chain=False))}\nTo reproduce:\n")
-        call = re.sub(r"\s*\n\s*", " ", call.group() if call else notes)
-        print(
-            f'PYTHONPATH=tests python -c "import conftest; from properties import *; {call}"'.replace(
-                "\n", " "
-            )
-        )
+        print(f'PYTHONPATH=tests python -c "import conftest; from properties import *; {call}"')
         return False
     return True
 

@@ -11,7 +11,9 @@ def recurrence(q, k, v, g, beta, scale=None, initial_state=None, cu_seqlens=None
     return made["o"], made["final_state"]
 
 
-def walk(q, k, v, g, beta, scale=None, initial_state=None, cu_seqlens=None, arithmetic=np.float64):
+def walk(
+    q, k, v, g, beta, scale=None, initial_state=None, cu_seqlens=None, arithmetic=np.float64, raw_gates=False
+):
     """The recurrence, and beside it how far rounding may carry an arithmetic that takes the same steps.
 
     Returns o [B, T, HV, V] and final_state [N, HV, K, V]; v_new [B, T, HV, V], what each token writes; and
@@ -21,6 +23,8 @@ def walk(q, k, v, g, beta, scale=None, initial_state=None, cu_seqlens=None, arit
     A token rounds the state that it finds and what it adds to it, each relative to its size; the next ones
     carry that on by at most the norm of their step, |1 - beta |k|^2| or 1 times the largest decay. Roundings
     are independent and add in quadrature. What lies below the least normal number may count as zero.
+    With `raw_gates` the arithmetic has rounded g itself: a decay is off by |g| eps, and since equal gates
+    round alike, that adds up.
     """
     q, k, v, g, beta = (np.asarray(x, np.float64) for x in (q, k, v, g, beta))
     B, T, H, K = q.shape
@@ -40,16 +44,19 @@ def walk(q, k, v, g, beta, scale=None, initial_state=None, cu_seqlens=None, arit
     q_norm, k_norm, v_norm = (np.linalg.norm(x, axis=-1) for x in (q, k, v))
     eps, tiny = (float(x) for x in (np.finfo(arithmetic).eps, np.finfo(arithmetic).tiny))
     for n, (row, start, end) in enumerate(spans):
-        S, budget = states[n], state_budget[n]
+        S, own, drift = states[n], np.zeros(HV), np.zeros(HV)
         size = np.linalg.norm(S, axis=(1, 2))
         for t in range(start, end):
             decay = np.exp(g[row, t])
             S *= decay[:, :, None]
             flushed = tiny * (size + (K * V) ** 0.5)
             size = np.linalg.norm(S, axis=(1, 2))
+            off = np.linalg.norm(g[row, t][:, :, None] * S, axis=(1, 2)) if raw_gates else 0
             grown = decay.max(axis=1) * np.maximum(1, abs(1 - beta[row, t] * k_norm[row, t] ** 2))
             added = beta[row, t] * k_norm[row, t] * (v_norm[row, t] + k_norm[row, t] * size)
-            budget[:] = np.hypot(grown * budget, eps * (size + added) + flushed)
+            own = np.hypot(grown * own, eps * (size + added) + flushed)
+            drift = grown * drift + eps * off
+            budget = own + drift
             error = v[row, t] - np.einsum("hk,hkv->hv", k[row, t], S)
             answer_budget = k_norm[row, t] * (budget + eps * size) + eps * v_norm[row, t]
             v_new_budget[row, t] = beta[row, t] * answer_budget
@@ -58,7 +65,7 @@ def walk(q, k, v, g, beta, scale=None, initial_state=None, cu_seqlens=None, arit
             size = np.linalg.norm(S, axis=(1, 2))
             o[row, t] = np.einsum("hk,hkv->hv", q[row, t], S)
             o_budget[row, t] = q_norm[row, t] * (budget + eps * size)
-        budget += eps * size
+        state_budget[n] = own + drift + eps * size
     budgets = dict(o_budget=o_budget, v_new_budget=v_new_budget, state_budget=state_budget)
     return dict(o=o, final_state=states, v_new=v_new, **budgets)
 

@@ -46,7 +46,10 @@ def run(op, case, inputs, states, cu_seqlens="the case's", **options):
     """o and the final state [N, HV, K, V] of a call, in NumPy; of `chunk_kda_fwd` all fields, by name."""
     s = case.signature
     cu_seqlens = case.cu_seqlens if isinstance(cu_seqlens, str) else cu_seqlens
-    turn = partial(np.swapaxes, axis1=-1, axis2=-2) if s.state_v_first else np.asarray
+
+    def turn(x):
+        return np.swapaxes(np.asarray(x), -1, -2) if s.state_v_first else np.asarray(x)
+
     gate = case.gate_options() if s.gate else {}
     call = compiled(op, s, **options)
     made = call(*inputs, initial_state=turn(states), cu_seqlens=cu_seqlens, **gate)
@@ -72,9 +75,8 @@ def within(x, truth, budget, axes, what):
 
 def truth_of(case, inputs, states):
     arithmetic = np.float64 if case.signature.dtype == "float64" else np.float32
-    return walk(
-        *case.activated(*inputs), initial_state=states, cu_seqlens=case.cu_seqlens, arithmetic=arithmetic
-    )
+    rounding = dict(arithmetic=arithmetic, raw_gates=case.signature.gate is not None)
+    return walk(*case.activated(*inputs), initial_state=states, cu_seqlens=case.cu_seqlens, **rounding)
 
 
 def against_the_oracle(case):
