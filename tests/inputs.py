@@ -1,53 +1,5 @@
-"""Inputs of the suite: the regimes that a KDA kernel meets, deterministic from a seed."""
+"""Inputs of the suite: the regimes of the conformance kit's catalogue."""
 
-import numpy as np
+from tops.cpu.kda.testing.cases import REGIMES, draw
 
-REGIMES = {
-    "logsigmoid": "gates logsigmoid(normal), as a model draws them",
-    "weak": "the same times 1e-3: the state forgets next to nothing",
-    "minus_5": "all gates -5, the strongest that safe_gate allows",
-    "masks": "30 % of the gates -1000, the rest weak: a cumulative sum loses the rest to float32",
-    "resets": "10 % of the gates -inf, the rest weak: a cumulative sum is NaN",
-    "no_decay": "all gates 0: the plain delta rule",
-    "near_keys": "nearly equal keys, beta 1, weak gates: every token rewrites the same slot",
-    "beta_2": "beta up to 2, weak gates: negative eigenvalues",
-    "equal_keys": "equal keys, beta 1.99, gates 0: errors live for a hundred tokens",
-}
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def draw(regime="logsigmoid", B=1, T=1024, H=4, HV=None, K=64, V=None, seed=0, dtype=np.float32):
-    """(q, k, v, g, beta) of one regime, rounded to `dtype`; q and k have unit norm."""
-    rng = np.random.default_rng(seed)
-    HV, V = HV or H, V or K
-    q, k = (unit(rng.standard_normal((B, T, H, K))) for _ in range(2))
-    v = rng.standard_normal((B, T, HV, V))
-    beta = 1 / (1 + np.exp(-rng.standard_normal((B, T, HV))))
-    g = -np.logaddexp(0, -rng.standard_normal((B, T, HV, K)))
-    chance = rng.random(g.shape)
-    weak = 1e-3 * g
-    match regime:
-        case "weak":
-            g = weak
-        case "minus_5":
-            g = np.full_like(g, -5)
-        case "masks":
-            g = np.where(chance < 0.3, -1000, weak)
-        case "resets":
-            g = np.where(chance < 0.1, -np.inf, weak)
-        case "no_decay":
-            g = np.zeros_like(g)
-        case "near_keys":
-            k = unit(k[:, :1] + 0.05 * rng.standard_normal(k.shape))
-            beta, g = np.ones_like(beta), weak
-        case "beta_2":
-            beta, g = 2 * beta, weak
-        case "equal_keys":
-            k = np.broadcast_to(k[:, :1], k.shape)
-            beta, g = np.full_like(beta, 1.99), np.zeros_like(g)
-        case _:
-            assert regime == "logsigmoid"
-    return tuple(x.astype(np.float32).astype(dtype) for x in (q, k, v, g, beta))
+__all__ = ["REGIMES", "draw"]

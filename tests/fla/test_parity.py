@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from inputs import draw
 from oracle import recurrence, relative_error
-from test_accuracy import ordinal
 
 import tops.cpu.kda as kda
+from tops.cpu.kda.testing.compare import ordinal
 
 # The arguments of `draw` and the options of the forward. The packed case has an empty sequence and one token.
 PACKED = np.array([0, 40, 40, 41, 90])

@@ -1,0 +1,23 @@
+"""The conformance kit: is a KDA kernel right, and if not, in which stage, from where on?"""
+
+from . import adapters
+from .cases import CATALOGUE, VERSION, Case, select
+from .compare import MULTIPLE, compare
+from .golden import STAGES, truth
+from .report import Report, Row
+from .run import check
+
+__all__ = [
+    "CATALOGUE",
+    "MULTIPLE",
+    "STAGES",
+    "VERSION",
+    "Case",
+    "Report",
+    "Row",
+    "adapters",
+    "check",
+    "compare",
+    "select",
+    "truth",
+]

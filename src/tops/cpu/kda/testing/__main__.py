@@ -1,0 +1,107 @@
+"""python -m tops.cpu.kda.testing: check a kernel, write golden files, or judge what a kernel wrote."""
+
+import argparse
+import sys
+
+from . import adapters
+from .arrays import KINDS
+from .cases import select
+from .compare import MULTIPLE
+from .files import check_files, export
+from .run import check, load
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
+        say("")
+        print(f"{args.parser.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m tops.cpu.kda.testing", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    one = command(
+        "check", run_check, "Judges a function with chunk_kda's or chunk_kda_fwd's call convention."
+    )
+    one.add_argument("function", help="package.module:function")
+    one.add_argument("--dtype", choices=DTYPES, default="float32")
+    one.add_argument("--adapter", help=f"{', '.join(ADAPTERS)}, or package.module:function")
+    one.add_argument("--arrays", choices=KINDS, default="jax", help="what the function is given")
+    two = command(
+        "check-files", run_check_files, "Judges .npz files that a kernel wrote for the golden files."
+    )
+    two.add_argument("golden", metavar="DIR")
+    two.add_argument("candidate", metavar="CANDIDATE_DIR")
+    three = command(
+        "export", run_export, "Writes golden files: one .npz a case and dtype, and manifest.json."
+    )
+    three.add_argument("directory", metavar="DIR")
+    three.add_argument("--dtype", choices=DTYPES, action="append", help="may be given more than once")
+    four = command("cases", run_cases, "Lists the catalogue.")
+    for sub in (one, three, four):
+        sub.add_argument(
+            "--case", metavar="PATTERN", help='as in "packed*,gva" or "!masks,!resets"; all by default'
+        )
+    for sub in (one, two):
+        sub.add_argument("--multiple", type=float, default=MULTIPLE, help="of the yardstick that passes")
+        sub.add_argument("--html", metavar="PATH", help="write the report there, with pictures")
+    return parser.parse_args(argv)
+
+
+ADAPTERS = ("plain", "head_first", "segment_ids")
+
+
+def adapter(name):
+    """One of `adapters`, or the function that the name is of; None for None."""
+    return name if name is None else getattr(adapters, name) if name in ADAPTERS else load(name)
+
+
+def run_check(args):
+    options = dict(adapter=adapter(args.adapter), arrays=args.arrays, multiple=args.multiple)
+    return show(check(load(args.function), args.case, args.dtype, **options, progress=say), args.html)
+
+
+def run_check_files(args):
+    return show(check_files(args.golden, args.candidate, args.multiple, progress=say), args.html)
+
+
+def run_export(args):
+    export(args.directory, select(args.case), args.dtype or ["float32"], progress=say)
+    say("")
+    return 0
+
+
+def run_cases(args):
+    for case in select(args.case):
+        print(f"{case.name:17}{case.why}")
+    return 0
+
+
+def show(report, path):
+    """Prints the report, writes it as HTML where asked to; the exit status."""
+    say("")
+    print(report)
+    if path is not None:
+        report.to_html(path)
+    return 0 if report.ok else 1
+
+
+def say(text):
+    """Progress, on one line that the next call overwrites."""
+    print(f"\r{text:70}", end="" if text else "\r", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""NumPy's arrays to a candidate's and back; torch is imported only where its tensors are asked for."""
+
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ("jax", "numpy", "torch")
+
+
+def to_kind(x, kind):
+    """A NumPy array as an array of `kind`; anything else as it is."""
+    if not isinstance(x, np.ndarray) or kind == "numpy":
+        return x
+    return to_torch(x) if kind == "torch" else jnp.asarray(x)
+
+
+def to_torch(x):
+    """On the GPU where there is one."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if x.dtype == jnp.bfloat16:
+        return torch.tensor(x.astype(np.float32), device=device).bfloat16()
+    return torch.tensor(x, device=device)
+
+
+def to_numpy(x):
+    """An array of any library as NumPy's, None as None. bfloat16 comes as ml_dtypes'."""
+    if x is None:
+        return None
+    if type(x).__module__.partition(".")[0] == "torch":
+        x = x.detach().cpu()
+        return x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
+    return np.asarray(x)

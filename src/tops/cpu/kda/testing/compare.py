@@ -1,0 +1,236 @@
+"""How far a tensor is from its golden, by which yardstick, where, and from where on.
+
+A tensor is judged block by block, a block being one chunk of one sequence and one value head. In each block
+two errors are held against what a right kernel may err by: the root mean square, which sees what is a little
+wrong everywhere, and the maximum, which sees one wrong row. A fault of one row drowns in the norm of a whole
+tensor, but not in the maximum of its block.
+
+A right kernel may err by the largest of
+
+    the error of our own forward, which rounds what it stores to the same dtype, in this block;
+    three times its error relative to the golden over the whole tensor, times the golden of this block: the
+        errors of a block can move together (with equal keys one score's rounding is every score's), so that
+        a block is one throw of the dice, and ours may have been lucky;
+    C / e * u of the golden, u half the arithmetic's epsilon: what a cumulative sum of C gates -m costs a
+        decay, u C m exp(-m) <= u C / e, as every kernel that follows the contract's `g` pays it;
+    half an ulp of the dtype: so that a correctly rounded result has a ratio of at most 1.
+
+The whole tensor is held to the same, by its root mean square, without the factor of three.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+MULTIPLE = 2.0  # of the yardstick that a candidate may err by
+LUCK = 3  # standard deviations that one throw may be off
+
+
+class Block(NamedTuple):
+    """Rows [start, stop) of row `row` of an array [rows, T, HV, channels]."""
+
+    sequence: int
+    chunk: int
+    row: int
+    start: int
+    stop: int
+    token: int  # of the sequence, the first
+
+
+def relative_error(x, truth):
+    """Frobenius norm of the error over that of the truth."""
+    x = np.asarray(x, np.float64)
+    assert x.shape == truth.shape, (x.shape, truth.shape)
+    assert np.isfinite(x).all()
+    return np.linalg.norm(x - truth) / np.linalg.norm(truth)
+
+
+def ordinal(x):
+    """Consecutive integers for consecutive floats of x's dtype."""
+    bits = x.view(f"i{x.dtype.itemsize}").astype(np.int64)
+    return np.where(bits < 0, -(bits & (2 ** (8 * x.dtype.itemsize - 1) - 1)), bits)
+
+
+def half_ulp(x, dtype):
+    """Half the distance of neighbours of `dtype` at x, and what float32 may flush to zero: an error of less is
+    the dtype's, not the kernel's."""
+    info = jnp.finfo(dtype)
+    _, exponent = np.frexp(np.maximum(np.abs(x), float(info.smallest_normal)))
+    flushed = float(jnp.finfo(np.float32).smallest_normal) if dtype != np.float64 else 0.0
+    return np.maximum(np.ldexp(0.5 * float(info.eps), exponent - 1), flushed)
+
+
+def rms(x):
+    """[HV] of x [n, HV, channels]."""
+    return np.sqrt(np.mean(np.square(x), axis=(0, 2)))
+
+
+def peak(x):
+    return x.max(axis=(0, 2))
+
+
+def blocks_of(case, tensor):
+    """The blocks of a tensor in the layout of `rows_of`."""
+    if tensor == "final_state":
+        ends = [end - start for _, start, end in case.sequences]
+        return [Block(n, -(-end // case.chunk_size), n, 0, 1, end) for n, end in enumerate(ends)]
+    starts = [start for _, start, _ in case.sequences]
+    blocks = []
+    for i, (n, row, c, start, stop) in enumerate(case.chunks):
+        token = start - starts[n]
+        if tensor == "h":
+            start = c if case.cu_seqlens is None else i
+            stop = start + 1
+        blocks.append(Block(n, c, row, start, stop, token))
+    return blocks
+
+
+def rows_of(x, tensor):
+    """x as [rows, T, HV, channels]: a chunk's state, or a sequence's last, is one row of K * V channels."""
+    if tensor == "final_state":
+        x = x[:, None]
+    return x.reshape(*x.shape[:3], -1)
+
+
+def judged_of(case, tensor, golden):
+    """Where a tensor is judged: Aqk on and below the diagonal, since kernels leave the rest unwritten, and
+    `g` up to a gate of -inf, behind which a cumulative sum tells nothing."""
+    if tensor == "Aqk":
+        row = np.zeros(golden.shape[:2], int)
+        for block in blocks_of(case, tensor):
+            row[block.row, block.start : block.stop] = np.arange(block.stop - block.start)
+        return np.broadcast_to(np.arange(golden.shape[-1]) <= row[..., None, None], golden.shape)
+    return np.isfinite(golden)
+
+
+def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
+    """Judges x, the candidate's `tensor` of a case, all of the shape of `golden`; dtype is the candidate's.
+
+    Returns a dict: rel (Frobenius), max_abs, max_ulp, yardstick (rel of ours), ratio (of the worst block),
+    worst (the position of its largest error), start (where the error starts; "" when it passes), and picture
+    (that error over (token, channel) of the worst's sequence and head; None when it passes).
+    """
+    wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    stored = wide if tensor in ("g", "final_state") else dtype
+    ulps = _ulps(x, golden, stored)
+    judged = judged_of(case, tensor, golden) if tensor in ("g", "Aqk") else np.ones(golden.shape, bool)
+    x, golden, ours = (
+        rows_of(np.where(judged, np.asarray(y, np.float64), 0), tensor) for y in (x, golden, ours)
+    )
+    with np.errstate(invalid="ignore"):
+        error, own = np.abs(x - golden), np.abs(ours - golden)
+    error = np.where(np.isfinite(error), error, np.inf)
+    floor, golden = half_ulp(golden, stored), np.abs(golden)
+    blocks = blocks_of(case, tensor)
+    if not blocks:
+        return dict(
+            rel=0.0, max_abs=0.0, max_ulp=0, yardstick=0.0, ratio=0.0, worst={}, start="", picture=None
+        )
+
+    inside = [(block.row, slice(block.start, block.stop)) for block in blocks]
+    whole = [np.concatenate([y[where].ravel() for where in inside]) for y in (error, own, golden)]
+    rel, yardstick = (float(_over(np.linalg.norm(y), np.linalg.norm(whole[2]))) for y in whole[:2])
+    sums = case.chunk_size / np.e * float(jnp.finfo(wide).eps) / 2
+    pooled = max(sums, LUCK * yardstick if np.isfinite(yardstick) else 0)
+    ratios, limits = [], []
+    for where in inside:
+        e, y, G, f = (z[where] for z in (error, own, golden, floor))
+        evenly = np.max([rms(y), pooled * rms(G), rms(f)], axis=0)
+        at_most = np.max([peak(y), pooled * rms(G), sums * peak(G), peak(f)], axis=0)
+        ratios.append(np.maximum(_over(rms(e), evenly), _over(peak(e), at_most)))
+        limits.append(multiple * at_most)
+    ratios = np.array(ratios)  # [blocks, HV]
+    norms = [np.linalg.norm(y) for y in (*whole, np.concatenate([floor[where].ravel() for where in inside]))]
+    ratio = max(float(ratios.max()), float(_over(norms[0], max(norms[1], sums * norms[2], norms[3]))))
+
+    i, head = np.unravel_index(np.argmax(ratios), ratios.shape)
+    block = blocks[i]
+    rows = error[block.row, block.start : block.stop, head]
+    offset, channel = np.unravel_index(np.argmax(rows), rows.shape)
+    worst = dict(sequence=block.sequence, token=block.token + offset, head=head, channel=channel)
+    worst = {name: int(n) for name, n in (worst | dict(chunk=block.chunk, offset=offset)).items()}
+    if tensor in ("h", "final_state"):
+        worst["channel"] = divmod(worst["channel"], case.V)
+    start, picture = "", None
+    if not ratio <= multiple:
+        start = "everywhere, a little"
+        if (ratios > multiple).any():
+            start = _start(case, tensor, blocks, ratios > multiple, error, limits)
+        of_sequence = [b for b in blocks if b.sequence == block.sequence]
+        picture = error[block.row, of_sequence[0].start : of_sequence[-1].stop, head]
+        picture = picture.reshape(-1, case.V) if tensor == "final_state" else picture
+    return dict(
+        rel=rel,
+        max_abs=float(whole[0].max()),
+        max_ulp=int(max((ulps[judged]).max(initial=0), 0)),
+        yardstick=yardstick,
+        ratio=ratio,
+        worst=worst,
+        start=start,
+        picture=picture,
+    )
+
+
+def _over(x, y):
+    """x / y; 0 where x is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(x == 0, 0.0, np.divide(x, y))[()]
+
+
+def _ulps(x, golden, dtype):
+    """Floats of `dtype` between x and the golden, -1 where one is not finite."""
+    with np.errstate(over="ignore"):
+        x, golden = (np.asarray(np.asarray(y, np.float64).astype(dtype)) for y in (x, golden))
+    finite = np.isfinite(x.astype(np.float64)) & np.isfinite(golden.astype(np.float64))
+    x, golden = ordinal(x), ordinal(golden)
+    apart = (x < 0) != (golden < 0)  # their difference may overflow
+    steps = np.where(
+        apart, np.minimum(np.abs(x), 2**62) + np.minimum(np.abs(golden), 2**62), np.abs(x - golden)
+    )
+    return np.where(finite, steps, -1)
+
+
+def _start(case, tensor, blocks, bad, error, limits):
+    """Where the error starts, in words: of each sequence and head the first bad row counts."""
+    firsts = {}
+    for block, heads, limit in zip(blocks, bad, limits, strict=True):
+        for head in np.flatnonzero(heads):
+            rows = error[block.row, block.start : block.stop, head].max(axis=-1) > limit[head]
+            offset = int(np.argmax(rows))  # 0 too where no row stands out
+            last = block.token + case.chunk_size > _length(case, block.sequence)
+            firsts.setdefault((block.sequence, head), (block.chunk, offset, last))
+    sequences, heads = ({key[i] for key in firsts} for i in range(2))
+    everywhere = {block.sequence for block in blocks}
+    found = set(firsts.values())
+    chunk, offset, _ = min(found)
+    which = f"sequence{'s' * (len(sequences) > 1)} {_listed(sequences)}"
+    if tensor == "final_state":
+        text = "everywhere" if sequences == everywhere else f"the final state of {which}"
+    elif all((c, i) == (0, 0) for c, i, _ in found) and tensor != "h":
+        if sequences == everywhere:
+            text = "everywhere"
+        else:
+            text = f"a sequence boundary: {which} from the first token on"
+    elif all(last for *_, last in found) and tensor != "h":
+        text = f"the last, short chunk of {which}, offset {offset}"
+    elif all(i == 0 for _, i, _ in found):
+        text = f"a chunk boundary: {which} from chunk {chunk} on"
+    else:
+        text = f"inside a chunk: {which}, chunk {chunk}, offset {offset}"
+    if len(heads) < case.HV:
+        group = case.HV // case.H
+        q_heads = {head // group for head in heads}
+        text += f"; value heads {_listed(heads)} only"
+        if len(heads) == group * len(q_heads):
+            text += f" (q/k head{'s' * (len(q_heads) > 1)} {_listed(q_heads)})"
+    return text
+
+
+def _length(case, sequence):
+    _, start, end = case.sequences[sequence]
+    return end - start
+
+
+def _listed(numbers):
+    return ", ".join(map(str, sorted(map(int, numbers))))

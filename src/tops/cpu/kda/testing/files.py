@@ -1,0 +1,105 @@
+"""Golden files, for kernels that are not called from Python.
+
+DIR/manifest.json names for each case and dtype a file `CASE.DTYPE.npz` with the arrays
+
+    input.NAME       what the kernel is given
+    option.NAME      its other arguments, numbers and flags
+    golden.TENSOR    the result in float64
+    rounded.TENSOR   the same in the dtype that the kernel stores it in
+
+bfloat16, which NumPy's format does not know, is stored as its bits in uint16. A kernel writes a file of the same
+name with an array per tensor, named `o`, `final_state`, `g`, ..., of the same shape. Nothing is unpickled.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .cases import CATALOGUE, VERSION
+from .compare import MULTIPLE
+from .golden import STAGES, judge, truth
+from .report import Report, Row
+from .run import judge_tensors
+
+
+def export(directory, cases, dtypes, seed=0, progress=None):
+    """Writes the golden files of the cases, and the manifest, into a directory."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    versions = dict(catalogue=VERSION, jax=jax.__version__, numpy=np.__version__)
+    manifest = dict(versions=versions, seed=seed, files={})
+    for dtype in map(jnp.dtype, dtypes):
+        for case in cases:
+            name = f"{case.name}.{dtype.name}.npz"
+            if progress is not None:
+                progress(name)
+            known = truth(case, dtype, seed)
+            wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+            arrays = {f"input.{key}": x for key, x in known.inputs.items()}
+            arrays |= {f"option.{key}": np.array(x) for key, x in case.options(not case.raw).items()}
+            for tensor, x in known.golden.items():
+                arrays[f"golden.{tensor}"] = x
+                with np.errstate(over="ignore"):
+                    arrays[f"rounded.{tensor}"] = x.astype(wide if tensor in ("g", "final_state") else dtype)
+            shapes = {key: dict(shape=x.shape, dtype=x.dtype.name) for key, x in arrays.items()}
+            np.savez(directory / name, **{key: _bits(x) for key, x in arrays.items()})
+            manifest["files"][name] = dict(
+                case=case.name,
+                why=case.why,
+                dtype=dtype.name,
+                sha256=_sha256(directory / name),
+                arrays=shapes,
+            )
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def check_files(directory, candidates, multiple=MULTIPLE, progress=None):
+    """A `Report` on the files that a kernel wrote: every file of the manifest must be there, with `o` and
+    `final_state`; of the other tensors those that it holds are judged."""
+    directory, candidates = Path(directory), Path(candidates)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    found = manifest["versions"]["catalogue"]
+    if found != VERSION:
+        raise ValueError(f"{directory}/manifest.json: expected catalogue {VERSION}, got {found}")
+    rows = []
+    for name, entry in manifest["files"].items():
+        if progress is not None:
+            progress(name)
+        if _sha256(directory / name) != entry["sha256"]:
+            raise ValueError(f"{directory / name}: expected the sha256 of the manifest, got another")
+        case, dtype = CATALOGUE[entry["case"]], jnp.dtype(entry["dtype"])
+        if not (candidates / name).exists():
+            rows.append(
+                Row(case.name, "o", STAGES["o"], dtype.name, note=f"{candidates / name} is not there")
+            )
+            continue
+        arrays = _load(directory / name, {key: x["dtype"] for key, x in entry["arrays"].items()})
+        inputs = {key.removeprefix("input."): x for key, x in arrays.items() if key.startswith("input.")}
+        golden = {key.removeprefix("golden."): x for key, x in arrays.items() if key.startswith("golden.")}
+        known = judge(case, inputs, dtype)._replace(golden=golden)
+        made = _load(candidates / name, {})
+        made = {key: x.view(jnp.bfloat16) if x.dtype == np.uint16 else x for key, x in made.items()}
+        required = ("o",) if case.state is None else ("o", "final_state")
+        tensors = [tensor for tensor in golden if tensor in made or tensor in required]
+        rows += judge_tensors(case, {tensor: made.get(tensor) for tensor in tensors}, known, dtype, multiple)
+    dtypes = ", ".join(dict.fromkeys(entry["dtype"] for entry in manifest["files"].values()))
+    stages = any(row.tensor not in ("o", "final_state") for row in rows)
+    return Report(str(candidates), dtypes, multiple, stages, rows, [])
+
+
+def _load(path, dtypes):
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    return {key: x.view(jnp.bfloat16) if dtypes.get(key) == "bfloat16" else x for key, x in arrays.items()}
+
+
+def _bits(x):
+    return x.view(np.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,71 @@
+"""What a case's tensors are, in float64, and what our own forward makes of them in a candidate's dtype."""
+
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from .. import chunk_kda, chunk_kda_fwd
+
+STAGES = dict(
+    g="0 gate",
+    Aqk="1 intra",
+    Akk="1 intra",
+    w="2 WY",
+    u="2 WY",
+    qg="2 WY",
+    kg="2 WY",
+    v_new="3 state",
+    h="3 state",
+    final_state="3 state",
+    o="4 output",
+)
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # a case runs once: most of its time is compilation
+
+
+class Truth(NamedTuple):
+    """The inputs of a case, its tensors in float64, and the same as our forward makes them with rounding."""
+
+    inputs: dict
+    golden: dict
+    ours: dict
+
+
+@lru_cache(maxsize=32)
+def truth(case, dtype, seed=0):
+    """`Truth` of a case for a candidate of `dtype`."""
+    return judge(case, case.inputs(dtype, seed), np.dtype(dtype))
+
+
+def judge(case, inputs, dtype):
+    """`Truth` of inputs at hand.
+
+    Our forward is the yardstick with `storage_dtype`, rounding where a kernel that stores `dtype` must. For a
+    float64 candidate the golden itself errs by as much as the candidate: the yardstick there is the error of
+    the float32 forward, scaled by the ratio of the two precisions, 2**-29.
+    """
+    golden = forward(case, cast(inputs, np.float64))
+    if dtype != np.float64:
+        return Truth(inputs, golden, forward(case, inputs, dtype))
+    ours = forward(case, cast(inputs, np.float32), np.float32)
+    with np.errstate(invalid="ignore"):  # -inf - -inf, where the cumulative sum of resets is not judged
+        ours = {name: golden[name] + 2.0**-29 * (x - golden[name]) for name, x in ours.items()}
+    return Truth(inputs, golden, ours)
+
+
+def cast(inputs, dtype):
+    return {name: x if name == "cu_seqlens" else x.astype(dtype) for name, x in inputs.items()}
+
+
+def forward(case, inputs, storage_dtype=None):
+    """{tensor: float64} of our forward, on a CPU; states are [K, V]."""
+    stages = not case.raw
+    op = chunk_kda_fwd if stages else chunk_kda
+    options = case.options(stages) | dict(chunk_size=case.chunk_size, storage_dtype=storage_dtype)
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        made = jax.jit(partial(op, **options), compiler_options=FAST_COMPILE)(**inputs)
+    made = made._asdict() if stages else dict(zip(("o", "final_state"), made, strict=True))
+    return case.standard(
+        {name: np.asarray(made[name], np.float64) for name in STAGES if made.get(name) is not None}
+    )

@@ -1,0 +1,149 @@
+"""`check`: runs a candidate on the catalogue and judges what it returns."""
+
+import importlib
+import inspect
+from contextlib import nullcontext
+
+import jax
+import numpy as np
+
+from .. import checks
+from .arrays import KINDS, to_kind, to_numpy
+from .cases import select
+from .compare import MULTIPLE, compare
+from .golden import STAGES, truth
+from .report import Report, Row
+
+
+def check(
+    fn,
+    cases=None,
+    dtype="float32",
+    *,
+    stages=None,
+    adapter=None,
+    arrays="jax",
+    multiple=MULTIPLE,
+    seed=0,
+    progress=None,
+):
+    """Judges `fn` on every case of the catalogue, tensor by tensor, against float64 goldens.
+
+    Args:
+        fn: called as `chunk_kda` or as `chunk_kda_fwd`, with the arrays and options of a case by name; only
+            options that the case is about are given. It returns (o, final_state), or the fields of
+            `ChunkKDAForward` as a tuple or a dict. NotImplementedError declines a case.
+        cases: None for all, a pattern of names as in `select`, or `Case`s.
+        dtype: of q, k, v and o: float64, float32, bfloat16 or float16.
+        stages: whether fn has `chunk_kda_fwd`'s convention; None: whether it takes `disable_recompute`.
+        adapter: a function of (a function of NumPy arrays) to another, for other layouts; see `adapters`.
+        arrays: what fn is given, "jax", "numpy" or "torch". It may return any.
+        multiple: how many yardsticks a tensor may err by; see `compare`.
+        seed: of the inputs.
+        progress: called with a line of text before each case.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument is none of these.
+    """
+    dtype = checks.storage(dtype, "dtype")
+    if dtype is None:
+        raise TypeError("dtype: expected float64, float32, bfloat16 or float16, got None")
+    if arrays not in KINDS:
+        raise ValueError(f"arrays: expected one of {', '.join(KINDS)}, got {arrays!r}")
+    if stages is None:
+        stages = takes_stages(fn)
+    call = numpy_call(fn, arrays, dtype)
+    call = call if adapter is None else adapter(call)
+    cases = [case for case in select(cases) if not (case.raw and stages)]
+    rows, declined = [], []
+    for i, case in enumerate(cases):
+        if progress is not None:
+            progress(f"{case.name} ({i + 1} of {len(cases)})")
+        try:
+            rows += check_case(call, case, dtype, stages, multiple, seed)
+        except NotImplementedError:
+            declined.append(case.name)
+    name = f"{getattr(fn, '__module__', '')}.{getattr(fn, '__qualname__', repr(fn))}"
+    return Report(name, dtype.name, multiple, stages, rows, declined)
+
+
+def takes_stages(fn):
+    """Whether fn has `chunk_kda_fwd`'s call convention."""
+    return "disable_recompute" in inspect.signature(fn).parameters
+
+
+def numpy_call(fn, arrays, dtype):
+    """fn on NumPy arrays, both ways; float64 goes to JAX with x64 on."""
+
+    def call(**kwargs):
+        with jax.enable_x64(True) if dtype == np.float64 else nullcontext():
+            made = fn(**{name: to_kind(x, arrays) for name, x in kwargs.items()})
+            made = made._asdict() if hasattr(made, "_asdict") else made
+            if isinstance(made, dict):
+                return {name: to_numpy(x) for name, x in made.items()}
+            return tuple(map(to_numpy, made))
+
+    return call
+
+
+FIELDS = ("o", "final_state", "g", "Aqk", "Akk", "w", "u", "qg", "kg", "v_new", "h", "initial_state")
+
+
+def check_case(call, case, dtype, stages, multiple=MULTIPLE, seed=0):
+    """The rows of one case."""
+    known = truth(case, dtype, seed)
+    inputs = {name: x.copy() for name, x in known.inputs.items()}
+    try:
+        made = call(**inputs, **case.options(stages))
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        note = f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return [Row(case.name, "o", STAGES["o"], dtype.name, note=note)]
+    if not isinstance(made, dict):
+        made = dict(zip(FIELDS if stages else FIELDS[:2], made, strict=False))
+    wanted = [
+        name
+        for name in STAGES
+        if name in known.golden
+        and (stages or name in ("o", "final_state"))
+        and (name != "final_state" or case.state is not None)
+    ]
+    return judge_tensors(case, {name: made.get(name) for name in wanted}, known, dtype, multiple)
+
+
+def judge_tensors(case, made, known, dtype, multiple=MULTIPLE):
+    """The rows of {tensor: NumPy array or None}."""
+    wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    shapes = {name: x.shape for name, x in known.golden.items()}
+    rows = []
+    for name, x in made.items():
+        row = Row(case.name, name, STAGES[name], dtype.name)
+        dtypes = [wide] if name in ("g", "final_state") else [dtype] if name == "o" else [dtype, wide]
+        x = None if x is None else case.standard({name: x})[name]
+        if x is None:
+            row = row._replace(note="was not returned")
+        elif x.shape != shapes[name]:
+            row = row._replace(note=f"has the shape {x.shape}, expected {shapes[name]}")
+        elif x.dtype not in dtypes:
+            expected = " or ".join(dict.fromkeys(d.name for d in dtypes))
+            row = row._replace(note=f"is {x.dtype}, expected {expected}")
+        else:
+            found = compare(case, name, x, known.golden[name], known.ours[name], dtype, multiple)
+            row = row._replace(**found, ok=bool(found["ratio"] <= multiple))
+        rows.append(row)
+    return rows
+
+
+def load(name):
+    """The object that "package.module:attribute" names."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"expected package.module:function, got {name!r}")
+    found = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found

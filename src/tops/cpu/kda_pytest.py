@@ -1,0 +1,18 @@
+"""pytest's options for `pytest --pyargs tops.cpu.kda.testing`.
+
+A plugin, since pytest reads options before it knows where `--pyargs` leads; beside the package, so that a pytest
+run of somebody else's does not import JAX for it.
+"""
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("kda", "conformance of a KDA kernel: pytest --pyargs tops.cpu.kda.testing")
+    group.addoption("--kda-impl", metavar="MODULE:FUNCTION", help="the kernel")
+    group.addoption("--kda-dtype", default="float32", help="float32 (default), bfloat16, float16 or float64")
+    group.addoption(
+        "--kda-case", metavar="PATTERN", help="the cases, as names or shell patterns; all by default"
+    )
+    group.addoption("--kda-adapter", help="plain, head_first, segment_ids, or module:function")
+    group.addoption(
+        "--kda-arrays", default="jax", help="what the kernel is given: jax (default), numpy or torch"
+    )
