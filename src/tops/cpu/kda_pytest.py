@@ -1,7 +1,7 @@
 """pytest's options for `pytest --pyargs tops.cpu.kda.testing`.
 
-A plugin, since pytest reads options before it knows where `--pyargs` leads; beside the package, so that a pytest
-run of somebody else's does not import JAX for it.
+A plugin, since pytest reads options before it knows where `--pyargs` leads; beside the package, so that no
+other pytest run imports JAX for it.
 """
 
 

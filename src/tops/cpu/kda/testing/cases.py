@@ -192,7 +192,7 @@ CATALOGUE = {
             for regime, why in REGIMES.items()
             if regime != "logsigmoid"
         ),
-        Case("large_state", "an initial state of 1000: what the inputs write drowns in its rounding", state=1e3),
+        Case("large_state", "an initial state of 1000: what is written drowns in it", state=1e3),
         Case("no_state", "no states in or out; every token in a whole chunk", T=128, state=None),
         Case("one_token", "T=1: a chunk of one row", B=4, T=1),
         Case("one_over", "the last chunk has one token; one value head a key head", T=65, H=3, HV=3),

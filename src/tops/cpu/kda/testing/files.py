@@ -7,8 +7,8 @@ DIR/manifest.json names for each case and dtype a file `CASE.DTYPE.npz` with the
     golden.TENSOR    the result in float64
     rounded.TENSOR   the same in the dtype that the kernel stores it in
 
-bfloat16, which NumPy's format does not know, is stored as its bits in uint16. A kernel writes a file of the same
-name with an array per tensor, named `o`, `final_state`, `g`, ..., of the same shape. Nothing is unpickled.
+bfloat16, which NumPy's format does not know, is stored as its bits in uint16. A kernel writes a file of the
+same name with an array per tensor, named `o`, `final_state`, `g`, ..., of its shape. Nothing is unpickled.
 """
 
 import hashlib

@@ -18,9 +18,11 @@ except ImportError as error:
 PICTURES = 24  # at most: of the first stages
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1b1b1b }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
 h1 { font-size: 1.35rem; padding: .7rem 1rem; border-radius: 6px; color: #fff; background: #1a7f37 }
-h1.bad { background: #b3261e } h2 { font-size: 1.1rem; margin-top: 2.2rem } h3 { font-size: 1rem; margin-bottom: .2rem }
+h1.bad { background: #b3261e }
+h2 { font-size: 1.1rem; margin-top: 2.2rem }
+h3 { font-size: 1rem; margin-bottom: .2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .55rem; text-align: right; border: 1px solid #fff; white-space: nowrap }
 th:first-child { text-align: left } td a { color: inherit }
@@ -34,9 +36,11 @@ def render(report):
     shown = [row for row in bad if row.picture is not None][:PICTURES]
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>KDA conformance</title>",
-        f"<style>{STYLE}</style><h1{' class=bad' if not report.ok else ''}>{html.escape(report.verdict)}</h1>",
-        "<p class=note>A cell is the error over the yardstick, the error of the reference forward with the same "
-        f"rounding, in the worst block (one chunk of one sequence and head). Up to {report.multiple:g} passes.</p>",
+        f"<style>{STYLE}</style>",
+        f"<h1{'' if report.ok else ' class=bad'}>{html.escape(report.verdict)}</h1>",
+        "<p class=note>A cell is the error over the yardstick, the error of the reference forward with the "
+        "same rounding, in the worst block (one chunk of one sequence and head). "
+        f"Up to {report.multiple:g} passes.</p>",
         f"<div class=cells>{_table(report, shown)}</div>",
     ]
     if bad:
@@ -72,7 +76,7 @@ def _table(report, shown):
 
 
 def _colour(ratio, multiple):
-    """Green to yellow as the ratio goes up to the multiple; from orange to red over four decades beyond it."""
+    """Green to yellow as the ratio goes up to the multiple; orange to red over four decades beyond it."""
     if ratio <= multiple:
         return f"hsl({130 - 70 * ratio / multiple:.0f} 55% 82%)"
     decades = min(np.log10(ratio / multiple), 4)
@@ -80,7 +84,7 @@ def _colour(ratio, multiple):
 
 
 def _picture(row):
-    """The error over (token, channel) of the worst sequence and head, with the chunks' first tokens marked."""
+    """The error over (token, channel) of the worst sequence and head, with the first token of each chunk."""
     case = CATALOGUE.get(row.case)
     error = np.where(np.isfinite(row.picture), row.picture, np.nan).T
     figure = Figure(figsize=(10, 2.8), layout="constrained")

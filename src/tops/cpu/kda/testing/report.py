@@ -21,7 +21,7 @@ class Row(NamedTuple):
     max_ulp: int | None = None  # in the tensor's dtype
     yardstick: float = 0.0  # rel of our own forward, rounding to the same dtype
     ratio: float = math.inf  # of the worst block, see `compare`
-    worst: dict = {}  # sequence, token, head, channel, chunk, offset
+    worst: dict | None = None  # sequence, token, head, channel, chunk, offset
     ok: bool = False
     start: str = ""  # where the error starts
     note: str = ""  # what was returned instead of the tensor
@@ -32,7 +32,7 @@ class Row(NamedTuple):
         text = f"{self.case}: {self.tensor} ({self.stage}) "
         if self.note:
             return text + self.note
-        at = ", ".join(f"{name} {x}" for name, x in self.worst.items())
+        at = ", ".join(f"{name} {x}" for name, x in (self.worst or {}).items())
         text += f"errs {self.ratio:.3g} times the yardstick: rel {self.rel:.1e} (ours {self.yardstick:.1e})"
         text += f", max abs {self.max_abs:.1e}, {self.max_ulp} ulp; worst at {at}"
         return text + (f"; starts at {self.start}" if self.start else "")
@@ -66,7 +66,8 @@ class Report:
         cases = {row.case for row in self.rows}
         of = f"{len(self.rows)} tensors of {len(cases)} cases in {self.dtype}"
         if self.ok:
-            text = f"ok: {self.candidate}, {of}, at most {max(row.ratio for row in self.rows):.2f} yardsticks off"
+            text = f"ok: {self.candidate}, {of}, at most {max(row.ratio for row in self.rows):.2f} yardsticks"
+            text += " off"
         elif not self.rows:
             text = f"NOT OK: {self.candidate}, no case was run"
         else:
