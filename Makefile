@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz mutants coverage test-fla bench lint figures clean
+.PHONY: demo test fuzz mutants coverage test-fla conformance bench lint figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tops.cpu.kda
@@ -27,6 +27,12 @@ coverage: $(VENV)/.installed
 test-fla: $(VENV)-fla/.installed
 	$(VENV)-fla/bin/python -m pytest tests/fla
 
+conformance: $(VENV)/.installed
+	for dtype in float32 bfloat16 float16 float64; do \
+	  $(BIN)/python -m tops.cpu.kda.testing check tops.cpu.kda:chunk_kda_fwd --dtype $$dtype || exit 1; \
+	  $(BIN)/python -m tops.cpu.kda.testing check tops.cpu.kda:chunk_kda --case raw --dtype $$dtype || exit 1; \
+	done
+
 # The peers need Python >= 3.12 and its JAX; --other and --fla time what the other environments have.
 bench: $(VENV)/.installed $(VENV)-bench/.installed
 	$(VENV)-bench/bin/python benchmarks/run.py --other $(BIN)/python --fla $(VENV)-fla/bin/python
@@ -40,7 +46,7 @@ figures: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev,report]'
 	touch $@
 
 # TORCH=torch takes the newest build; the pinned one has a CPU build on the development machines.

@@ -42,6 +42,7 @@ def pipeline(m, change):
     m.gk = writable(kda.chunk_local_cumsum(m.g, C, scale=1 / np.log(2)))
     change("0 gate")
     intra(m)
+    m.q_out, m.gk_out = m.q, m.gk  # what stage 4 makes qg of
     change("1 intra")
     if m.w is None:
         wy(m)
@@ -53,9 +54,9 @@ def pipeline(m, change):
     )
     m.h, m.v_new, m.final_state = map(writable, (h, v_new, final_state))
     change("3 state")
-    m.h_in, m.Aqk_in, m.v_in, m.scale_in = m.h, m.Aqk, m.v_new, m.scale
+    m.h_in, m.Aqk_in, m.scale_in = m.h, m.Aqk, m.scale
     change("4 output, before")
-    o = kda.chunk_gla_fwd_o_gk(m.q, m.v_in, m.gk, m.Aqk_in, m.h_in, m.scale_in, **stored)
+    o = kda.chunk_gla_fwd_o_gk(m.q_out, m.v_new, m.gk_out, m.Aqk_in, m.h_in, m.scale_in, **stored)
     m.o = writable(o)
     change("4 output")
     m.g = m.gk
@@ -230,11 +231,13 @@ def kg_without_decay(m):
 @fault("2 WY")
 def qg_with_scale(m):
     m.qg = (m.qg.astype(np.float32) * np.float32(m.scale)).astype(m.qg.dtype)
+    m.q_out = (m.q.astype(np.float32) * np.float32(m.scale)).astype(m.q.dtype)
 
 
 @fault("2 WY", "dense")
 def qg_prefix_exclusive(m):
     m.qg = (m.qg.astype(np.float32) * np.exp(-m.g)).astype(m.qg.dtype)
+    m.gk_out = m.gk - m.g / np.float32(np.log(2))
 
 
 @fault("2 WY")
@@ -255,7 +258,7 @@ def state_without_decay(m):
     m.gk_in = np.zeros_like(m.gk)
 
 
-@fault("3 state, before")
+@fault("3 state, before", "uneven")
 def state_decay_of_the_row_before(m):
     m.gk_in = m.gk.copy()
     for chunk in by_chunk(m.gk_in):

@@ -27,7 +27,16 @@ DTYPES = [np.dtype(np.float32), np.dtype(jnp.bfloat16)]
 ALL_FAULTS = FAULTS | PACKING_FAULTS
 
 # np.allclose(x, golden, atol=5e-2, rtol=5e-2), for o and for the final state, passes these.
-LOST_TO_A_HAND_PICKED_TOLERANCE = set()
+LOST_TO_A_HAND_PICKED_TOLERANCE = {
+    "gate_in_bfloat16",
+    "state_decay_of_the_row_before",
+    "final_state_in_bfloat16",
+    "o_last_row_of_one_head_10_percent_off",
+    "o_one_percent_small",
+    "o_one_head_two_percent_off",
+    "o_in_another_dtype",
+    "last_token_of_a_sequence_missing",
+}
 
 
 @cache
@@ -119,7 +128,11 @@ def test_goldens_are_what_the_oracle_says(name):
 
 
 # CRC-32 of the bytes of a case's arrays: a change of the catalogue's numbers needs a new VERSION.
-CHECKSUMS = {("dense", "float32"): 0, ("packed_masks", "bfloat16"): 0, ("raw", "float64"): 0}
+CHECKSUMS = {
+    ("dense", "float32"): 531863599,
+    ("packed_masks", "bfloat16"): 2274815775,
+    ("raw", "float64"): 3911453596,
+}
 
 
 @pytest.mark.parametrize(("name", "dtype"), CHECKSUMS)

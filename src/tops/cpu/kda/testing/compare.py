@@ -110,7 +110,8 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
 
     Returns a dict: rel (Frobenius), max_abs, max_ulp, yardstick (rel of ours), ratio (of the worst block),
     worst (the position of its largest error), start (where the error starts; "" when it passes), and picture
-    (that error over (token, channel) of the worst's sequence and head; None when it passes).
+    (the error over (token, channel) of the worst's sequence and head, of a state over (K, V); None when it
+    passes).
     """
     wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     stored = wide if tensor in ("g", "final_state") else dtype
@@ -160,7 +161,8 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
             start = _start(case, tensor, blocks, ratios > multiple, error, limits)
         of_sequence = [b for b in blocks if b.sequence == block.sequence]
         picture = error[block.row, of_sequence[0].start : of_sequence[-1].stop, head]
-        picture = picture.reshape(-1, case.V) if tensor == "final_state" else picture
+        if tensor in ("h", "final_state"):
+            picture = rows.reshape(-1, case.V)
     return dict(
         rel=rel,
         max_abs=float(whole[0].max()),

@@ -85,28 +85,28 @@ def _colour(ratio, multiple):
 
 def _picture(row):
     """The error over (token, channel) of the worst sequence and head, with the first token of each chunk."""
-    case = CATALOGUE.get(row.case)
+    case = CATALOGUE[row.case]
     error = np.where(np.isfinite(row.picture), row.picture, np.nan).T
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     axes = figure.add_subplot()
     top = np.nanmax(error, initial=0) or 1
     axes.set_facecolor("#b3261e")  # shows through where a value is not finite
-    if row.tensor == "final_state":
-        labels = "key channel", "value channel"
-    else:
-        labels = "chunk" if row.tensor == "h" else "token of the sequence", "channel"
+    state = row.tensor in ("h", "final_state")
+    axes.set(xlabel="key channel" if state else "token", ylabel="value channel" if state else "channel")
     picture = axes.imshow(
         np.maximum(error, 1e-5 * top), aspect="auto", interpolation="nearest", cmap="magma",
         norm=LogNorm(1e-5 * top, top), origin="lower",
     )  # fmt: skip
-    if case is not None and row.tensor not in ("h", "final_state"):
+    title = f"|error| of {row.tensor}, sequence {row.worst['sequence']}, value head {row.worst['head']}"
+    if state:
+        title += f", chunk {row.worst['chunk']}"
+    else:
         for token in range(case.chunk_size, error.shape[1], case.chunk_size):
             axes.axvline(token - 0.5, color="#7fd4ff", linewidth=1)
         for token in (0, error.shape[1]):
             axes.axvline(token - 0.5, color="#39ff14", linewidth=4)
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    where = f"sequence {row.worst['sequence']}, value head {row.worst['head']}"
-    axes.set_title(f"|error| of {row.tensor}, {where}; lines: chunks (blue), sequence (green)", fontsize=10)
+        title += "; blue: chunks, green: the sequence"
+    axes.set_title(title, fontsize=10)
     figure.colorbar(picture, ax=axes)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
