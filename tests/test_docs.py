@@ -29,7 +29,7 @@ WALK = re.findall(
 
 
 def test_conformance_walk_finds_the_fault():
-    """The broken kernel passes a hand-picked tolerance and two cases, and is off in its state in the third."""
+    """The broken kernel passes a hand-picked tolerance and two cases, and its state is off in the third."""
     names = {}
     exec(WALK[0], names)
     report = check(names["chunk_kda_fwd"], "dense,weak,uneven", "bfloat16")

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tops.cpu.kda.testing.arrays import to_kind, to_numpy
+
 WHY = "parity with FLA needs torch, triton and fla-core"
 torch = pytest.importorskip("torch", reason=WHY)
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 STORAGE_DTYPES = [np.float16, jnp.bfloat16] if CUDA else [np.float16]
 os.environ |= {"TRITON_F32_DEFAULT": "ieee"} if CUDA else {"TRITON_INTERPRET": "1"}
 triton = pytest.importorskip("triton", reason=WHY)
@@ -65,21 +66,8 @@ def chunk_kda_fwd(q, k, v, g, beta, scale=None, initial_state=None, output_final
 
 def run(op, *args, **kwargs):
     """`op` with numpy arrays for tensors, both ways."""
-    args, kwargs = [to_torch(x) for x in args], {name: to_torch(x) for name, x in kwargs.items()}
+    args = [to_kind(x, "torch") for x in args]
+    kwargs = {name: to_kind(x, "torch") for name, x in kwargs.items()}
     with np.errstate(all="ignore"), torch.no_grad():  # lanes that are masked away overflow
         made = op(*args, **kwargs)
     return tuple(map(to_numpy, made)) if isinstance(made, tuple) else to_numpy(made)
-
-
-def to_torch(x):
-    if not isinstance(x, np.ndarray):
-        return x
-    if x.dtype == jnp.bfloat16:
-        return torch.tensor(x.astype(np.float32), device=DEVICE).bfloat16()
-    return torch.tensor(x, device=DEVICE)
-
-
-def to_numpy(x):
-    if x is None:
-        return None
-    return x.float().cpu().numpy().astype(jnp.bfloat16) if x.dtype == torch.bfloat16 else x.cpu().numpy()

@@ -35,7 +35,7 @@ class Row(NamedTuple):
         at = ", ".join(f"{name} {x}" for name, x in (self.worst or {}).items())
         text += f"errs {self.ratio:.3g} times the yardstick: rel {self.rel:.1e} (ours {self.yardstick:.1e})"
         text += f", max abs {self.max_abs:.1e}, {self.max_ulp} ulp; worst at {at}"
-        return text + (f"; starts at {self.start}" if self.start else "")
+        return text + (f"; starts: {self.start}" if self.start else "")
 
 
 @dataclasses.dataclass(frozen=True)
