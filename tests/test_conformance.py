@@ -76,18 +76,24 @@ def test_a_hand_picked_tolerance_loses_some_of_them(dtype):
     assert {name for name in ALL_FAULTS if judged(name, dtype)[1]} == LOST_TO_A_HAND_PICKED_TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, np.dtype(np.float16), np.dtype(np.float64)], ids=str)
-@pytest.mark.parametrize("cases", ["dense,weak,beta_2", "packed,packed_masks"])
-def test_passes_our_own_forward(cases, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "cases"),
+    [
+        *((dtype, "dense,weak,beta_2,packed,packed_masks") for dtype in DTYPES),
+        ("float16", "dense"),
+        ("float64", "dense"),
+    ],
+)
+def test_passes_our_own_forward(dtype, cases):
     """`make conformance` runs all cases; here the two shapes that the faults have compiled."""
-    assert check(kda.chunk_kda_fwd, cases, dtype).ok
-    assert check(kda.chunk_kda, cases, dtype).first_bad_stage is None
+    report = check(kda.chunk_kda_fwd, cases, dtype)
+    assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("op", [kda.naive_recurrent_kda, kda.fused_recurrent_kda])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_passes_the_recurrences_through_the_adapter(op, dtype):
-    report = check(op, "dense,equal_keys,masks,packed,raw,state_v_first", dtype, adapter=adapters.plain)
+    report = check(op, "dense,equal_keys,masks,packed,raw", dtype, adapter=adapters.plain)
     assert report.ok, str(report)
     assert not report.declined
 
@@ -265,7 +271,7 @@ def test_golden_files_there_and_back(tmp_path, capsys):
         inputs = {key: x.view(jnp.bfloat16) if x.dtype == np.uint16 else x for key, x in inputs.items()}
         fields = kda.chunk_kda_fwd(**inputs, disable_recompute=True, output_final_state=True)._asdict()
         del fields["initial_state"]
-        fields["o"] = np.asarray(fields["o"]).view(np.uint16)
+        fields["o"] = np.array(fields["o"]).view(np.uint16)
         np.savez(made / name, **fields)
     report = check_files(golden, made)
     assert report.ok, str(report)

@@ -1,4 +1,4 @@
-"""The conformance kit on FLA's own kernels: it passes where they are sound, with the reason elsewhere."""
+"""The conformance kit on FLA's own kernels: passed where they are sound, and what is off where not."""
 
 import functools
 

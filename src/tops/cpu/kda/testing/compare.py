@@ -11,9 +11,9 @@ A right kernel may err by the largest of
     three times its error relative to the golden over the whole tensor, times the golden of this block: the
         errors of a block can move together (with equal keys one score's rounding is every score's), so that
         a block is one throw of the dice, and ours may have been lucky;
-    C * u of the golden, u half the arithmetic's epsilon: the contract's `g` is a cumulative sum, which a
-        model's gates, about -1 each, take to -C in a chunk; rounding it moves a decay by u C, and every
-        kernel that we know takes its decays from there;
+    C * u of the golden, C the chunk size or 64 (a candidate may have its own), u half the arithmetic's epsilon:
+        the contract's `g` is a cumulative sum, which a model's gates, about -1 each, take to -C in a chunk;
+        rounding it moves a decay by u C, and every kernel that we know takes its decays from there;
     half an ulp of the dtype: so that a correctly rounded result has a ratio of at most 1.
 
 The whole tensor is held to the same, by its root mean square, without the factor of three.
@@ -133,7 +133,7 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
     inside = [(block.row, slice(block.start, block.stop)) for block in blocks]
     whole = [np.concatenate([y[where].ravel() for where in inside]) for y in (error, own, golden)]
     rel, yardstick = (float(_over(np.linalg.norm(y), np.linalg.norm(whole[2]))) for y in whole[:2])
-    sums = case.chunk_size * float(jnp.finfo(wide).eps) / 2
+    sums = max(case.chunk_size, 64) * float(jnp.finfo(wide).eps) / 2
     pooled = max(sums, LUCK * yardstick if np.isfinite(yardstick) else 0)
     ratios, limits = [], []
     for where in inside:
