@@ -1,6 +1,7 @@
 """What a case's tensors are, in float64, and what our own forward makes of them in a candidate's dtype."""
 
-from functools import lru_cache, partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -45,10 +46,13 @@ def judge(case, inputs, dtype):
     float64 candidate the golden itself errs by as much as the candidate: the yardstick there is the error of
     the float32 forward, scaled by the ratio of the two precisions, 2**-29.
     """
-    golden = forward(case, cast(inputs, np.float64))
+    rounded = (cast(inputs, np.float32), np.float32) if dtype == np.float64 else (inputs, dtype)
+    with ThreadPoolExecutor() as pool:  # two programs to compile
+        golden, ours = pool.map(
+            partial(forward, case), (cast(inputs, np.float64), rounded[0]), (None, rounded[1])
+        )
     if dtype != np.float64:
-        return Truth(inputs, golden, forward(case, inputs, dtype))
-    ours = forward(case, cast(inputs, np.float32), np.float32)
+        return Truth(inputs, golden, ours)
     with np.errstate(invalid="ignore"):  # -inf - -inf, where the cumulative sum of resets is not judged
         ours = {name: golden[name] + 2.0**-29 * (x - golden[name]) for name, x in ours.items()}
     return Truth(inputs, golden, ours)
@@ -58,13 +62,19 @@ def cast(inputs, dtype):
     return {name: x if name == "cu_seqlens" else x.astype(dtype) for name, x in inputs.items()}
 
 
+@cache
+def program(op, options):
+    """One for all the cases that share options; it compiles once for those that share shapes."""
+    return jax.jit(partial(op, **dict(options)), compiler_options=FAST_COMPILE)
+
+
 def forward(case, inputs, storage_dtype=None):
     """{tensor: float64} of our forward, on a CPU; states are [K, V]."""
     stages = not case.raw
     op = chunk_kda_fwd if stages else chunk_kda
     options = case.options(stages) | dict(chunk_size=case.chunk_size, storage_dtype=storage_dtype)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        made = jax.jit(partial(op, **options), compiler_options=FAST_COMPILE)(**inputs)
+        made = program(op, tuple(options.items()))(**inputs)
     made = made._asdict() if stages else dict(zip(("o", "final_state"), made, strict=True))
     return case.standard(
         {name: np.asarray(made[name], np.float64) for name in STAGES if made.get(name) is not None}
