@@ -6,6 +6,7 @@ from .chunk_delta_h import chunk_gated_delta_rule_fwd_h
 from .chunk_fwd import ChunkKDAForward, chunk_kda_fwd
 from .chunk_intra import chunk_kda_fwd_intra
 from .chunk_o import chunk_gla_fwd_o_gk
+from .context_parallel import context_parallel_kda
 from .fused_recurrent import fused_recurrent_kda
 from .gate import (
     chunk_local_cumsum,
@@ -30,6 +31,7 @@ __all__ = [
     "chunk_kda_fwd",
     "chunk_kda_fwd_intra",
     "chunk_local_cumsum",
+    "context_parallel_kda",
     "fused_kda_gate",
     "fused_recurrent_kda",
     "kda_gate_chunk_cumsum",

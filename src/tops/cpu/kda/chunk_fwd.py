@@ -155,7 +155,10 @@ def scan_chunks(
     q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
     *, NT, C, scale, state_v_first, activations, fields, storage_dtype,
 ):  # fmt: skip
-    """The scan over NT chunks: reads a chunk, runs the stages on it, writes what `fields` names."""
+    """The scan over NT chunks: reads a chunk, runs the stages on it, writes what `fields` names.
+
+    Without fields it is the state pass alone, and nothing is done with q.
+    """
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -229,6 +232,9 @@ def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
     Stages 2 and 3 meet in `v_new = Akk beta (v - k_in S)`, which is `u - w S` without u and w. With a
     `storage_dtype` they go apart, as in FLA's kernels, which round u and w.
     """
+    if not fields:
+        S_next, _, _ = _pass_on(S, intra(None, k, jnp.exp(g)), v, beta)
+        return S_next, {}
     store = storage(storage_dtype)
     chunk = intra(q, k, jnp.exp(g))
     x_in, kg = merge_channels(chunk.x_in), merge_channels(chunk.kg)
@@ -239,14 +245,23 @@ def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
         made["w"], made["u"] = recompute_w_u(made["Akk"], x_in[..., 1::2, :], v, beta, store)
     made |= dict(qg=store(x_in[..., 0::2, :]), kg=store(kg))
     if storage_dtype is None:
-        parts = S.reshape(*S.shape[:-2], *chunk.x_in.shape[-3::2], -1)  # [..., P, K/P, V]
-        seen = sum_parts(dot("...ik,...kv->...iv", chunk.x_in, parts), -3)
-        r = spread(beta[..., None], -1, v.shape[-1]) * (v - seen[..., 1::2, :])
-        v_new, read = solve(chunk.inside, chunk.below, beta, r)
-        kg_t = jnp.swapaxes(lax.optimization_barrier(chunk.kg), -1, -2).reshape(*S.shape[:-1], -1)
-        S_next = next_state(S, kg_t, v_new, chunk.decay)
-        o = scale * (seen[..., 0::2, :] + read)
+        S_next, v_new, read = _pass_on(S, chunk, v, beta)
+        o = scale * read
     else:
         v_new, S_next = delta_h(S, made["w"], made["u"], made["kg"], chunk.decay, store)
         o = combine_o(S, made["qg"], made["Aqk"], v_new, scale, store)
     return S_next, made | dict(o=o, v_new=v_new)
+
+
+def _pass_on(S, chunk, v, beta):
+    """Stages 2 and 3 in one: the state that leaves the chunk, v_new, and o / scale.
+
+    Of an `Intra` without q, the last is what nobody should read.
+    """
+    parts = S.reshape(*S.shape[:-2], *chunk.x_in.shape[-3::2], -1)  # [..., P, K/P, V]
+    seen = sum_parts(dot("...ik,...kv->...iv", chunk.x_in, parts), -3)
+    R = seen.shape[-2] // v.shape[-2]
+    r = spread(beta[..., None], -1, v.shape[-1]) * (v - seen[..., R - 1 :: R, :])
+    v_new, read = solve(chunk.inside, chunk.below, beta, r)
+    kg_t = jnp.swapaxes(lax.optimization_barrier(chunk.kg), -1, -2).reshape(*S.shape[:-1], -1)
+    return next_state(S, kg_t, v_new, chunk.decay), v_new, seen[..., ::R, :] + read

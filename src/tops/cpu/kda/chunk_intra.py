@@ -20,6 +20,7 @@ class Intra(NamedTuple):
     """What stage 1 hands on: the scores, as the doubling leaves them, and what it ends with.
 
     Rows of q and of k take turns: row 2i of `inside`, `below` and `x_in` is q_i's, row 2i + 1 is k_i's.
+    Without q, row i is k_i's.
     """
 
     inside: jax.Array  # [..., C/b, 2b, b]  x_i . k_j D(i<-j) inside blocks of b = BLOCK tokens
@@ -34,19 +35,24 @@ def intra(q, k, a):
 
         x_i . k_j D(i<-j) = sum_d x_i k_j D(i<-j)      x = q, k
 
-    q, k, a = exp(g) [..., C, K]; C a power of two, 16 or more. Returns an `Intra`.
+    q, k, a = exp(g) [..., C, K]; C a power of two, 16 or more. q is None where nothing is read, only the
+    state passed on. Returns an `Intra`.
 
     The triangle grows by doubling: the scores between the two halves of a block of 2s tokens are one
     matrix product (see `decay`).
     """
     *lead, C, K = a.shape
-    # XLA's sum is slow, and so are products in a batch.
-    diagonal = jnp.einsum("...k,k->...", q * k, jnp.ones(K, k.dtype), precision=lax.Precision.HIGHEST)
-    rows = jnp.stack([q, k], axis=-2) * spread(a[..., None, :], -2, 2)
-    rows = split_channels(rows.reshape(*lead, 2 * C, K))
+    x = jnp.stack([k] if q is None else [q, k], axis=-2)
+    diagonal = [jnp.zeros_like(k[..., 0])]  # k's
+    if q is not None:
+        # XLA's sum is slow, and so are products in a batch.
+        qk = jnp.einsum("...k,k->...", q * k, jnp.ones(K, k.dtype), precision=lax.Precision.HIGHEST)
+        diagonal = [qk, *diagonal]
+    rows = x * spread(a[..., None, :], -2, x.shape[-2])
+    rows = split_channels(rows.reshape(*lead, -1, K))
     rows = lax.optimization_barrier(rows)  # made once, not anew at every level
     cols, total = split_channels(k), split_channels(a)
-    inside = jnp.stack([diagonal, jnp.zeros_like(diagonal)], axis=-1)[..., None]
+    inside = jnp.stack(diagonal, axis=-1)[..., None]
     below = ()
     s = 1
     while s < C:

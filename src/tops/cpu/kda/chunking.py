@@ -85,6 +85,14 @@ def sequence_of_token(cu_seqlens, token):
     return jnp.searchsorted(cu_seqlens[1:], token, side="right")
 
 
+def sequence_at(cu_seqlens, token):
+    """The sequence that one token belongs to and the token where it starts; at padding, no sequence starts
+    before it: (N - 1, the token)."""
+    n = sequence_of_token(cu_seqlens, token)
+    N = cu_seqlens.shape[0] - 1
+    return jnp.minimum(n, N - 1), jnp.where(n < N, cu_seqlens[n], token)
+
+
 def pad_tokens(x, C):
     """x [B, T, ...] with at least C tokens, so that a chunk can be sliced from it."""
     return jnp.pad(x, [(0, 0), (0, max(0, C - x.shape[1]))] + [(0, 0)] * (x.ndim - 2))

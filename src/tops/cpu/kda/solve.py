@@ -12,15 +12,17 @@ def solve(inside, below, beta, r):
 
         y_i = r_i - beta_i sum_j k_i . k_j D(i<-j) y_j      j < i
 
-    inside, below: the scores of an `Intra`; beta [..., C], r [..., C, V]. Returns y and z, [..., C, V].
+    inside, below: the scores of an `Intra`; beta [..., C], r [..., C, V]. Returns y and z, [..., C, V]; of
+    scores without q's rows, z is what nobody should read.
 
     Forward substitution, by blocks. Inside a block (I + L)^-1 is applied; what a first half leaves for the
     second, and for its queries, is one product.
     """
-    *lead, n, _, b = inside.shape
-    inverse = invert(beta.reshape(*lead, n, b, 1) * inside[..., 1::2, :])
+    *lead, n, rows, b = inside.shape
+    R = rows // b
+    inverse = invert(beta.reshape(*lead, n, b, 1) * inside[..., R - 1 :: R, :])
     y, z = _substitute(inverse, below, spread(beta[..., None], -1, r.shape[-1]), r)
-    own = dot("...ij,...jv->...iv", inside[..., 0::2, :], y.reshape(*lead, n, b, -1))
+    own = dot("...ij,...jv->...iv", inside[..., ::R, :], y.reshape(*lead, n, b, -1))
     return y, z + own.reshape(y.shape)
 
 
@@ -36,8 +38,9 @@ def _substitute(inverse, below, beta, r):
     r_1, r_2 = jnp.split(r, 2, axis=-2)
     y_1, z_1 = _substitute(inverse_1, below_1, beta_1, r_1)
     seen = dot("...ij,...jv->...iv", below[-1][..., 0, :, :], y_1)
-    y_2, z_2 = _substitute(inverse_2, below_2, beta_2, r_2 - beta_2 * seen[..., 1::2, :])
-    return jnp.concatenate([y_1, y_2], axis=-2), jnp.concatenate([z_1, z_2 + seen[..., 0::2, :]], axis=-2)
+    R = seen.shape[-2] // r_2.shape[-2]
+    y_2, z_2 = _substitute(inverse_2, below_2, beta_2, r_2 - beta_2 * seen[..., R - 1 :: R, :])
+    return jnp.concatenate([y_1, y_2], axis=-2), jnp.concatenate([z_1, z_2 + seen[..., ::R, :]], axis=-2)
 
 
 @jax.custom_jvp

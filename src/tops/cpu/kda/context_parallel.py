@@ -1,0 +1,192 @@
+"""Sequence parallel: the time axis over the devices of a mesh axis, the state passed on by affine maps.
+
+The state pass over any span of tokens is affine in the state that enters it,
+
+    S_out = M S_in + b      M [K, K], b [K, V]
+
+so that a device needs of all devices before it no more than M and b. Three steps:
+
+    1  each device runs the state pass of what goes on past its end, on V + K columns: v extended by zeros,
+       from the state [0 | I], or [S_0 | 0] where the sequence starts here. What leaves is [b | M].
+    2  the maps are exchanged, in one all-gather, and each device composes those of the sequence that reaches
+       into its span, from the device where it starts: S <- M S + b.
+    3  each device runs the chunked forward on its span, from the right state.
+
+Only one sequence reaches into a span from before it, and only one goes on past its end.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from . import checks, chunking
+from .chunk_fwd import scan_chunks
+from .dot import dot
+from .gate import Activations
+
+
+def context_parallel_kda(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    use_gate_in_kernel=False,
+    use_beta_sigmoid_in_kernel=False,
+    allow_neg_eigval=False,
+    safe_gate=False,
+    lower_bound=None,
+    state_v_first=False,
+    cu_seqlens=None,
+    chunk_size=64,
+    A_log=None,
+    dt_bias=None,
+    *,
+    mesh,
+    axis_name,
+    storage_dtype=None,
+):
+    """`chunk_kda` with the time axis sharded over a mesh axis, of P devices or more.
+
+        S'  = diag(exp(g_t)) S_{t-1}
+        S_t = S' + beta_t k_t (v_t - k_t^T S')^T
+        o_t = scale * q_t^T S_t
+
+    Every device cuts its T / P tokens into chunks of its own: the result is that of `chunk_kda` up to rounding.
+    The other axes of the mesh stay with JAX: shard B or the heads over them, and no more is exchanged.
+
+    Args:
+        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+        use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound,
+        state_v_first, cu_seqlens, chunk_size, A_log, dt_bias: as for `chunk_kda`. The arrays are the whole
+            ones, [B, T, ...]; where they do not lie on the mesh with T over `axis_name`, JAX moves them.
+            `cu_seqlens` counts tokens of the whole T: a sequence may begin and end on any device.
+        mesh: a `jax.sharding.Mesh`.
+        axis_name: the mesh axis that T is sharded over; its P devices divide T.
+        storage_dtype: as for `chunk_kda`; the maps are not rounded.
+
+    Returns:
+        o [B, T, HV, V], sharded over T as q is, and the final state [N, HV, K, V] or None, on every device.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: `fla.ops.cp` (`chunk_gated_delta_rule_fwd_h_pre_process`), for the exchange of [b | M].
+    """
+    scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
+    checks.chunks(chunk_size, cu_seqlens, None, q.shape[1])
+    checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
+    checks.time_axis(mesh, axis_name, q.shape[1])
+    activations = Activations(
+        qk_l2norm=use_qk_l2norm_in_kernel,
+        gate=use_gate_in_kernel,
+        lower_bound=lower_bound,
+        beta_scale=checks.sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval),
+    )
+    o, final_state = _context_parallel(
+        *(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias),
+        **dict(C=chunk_size, scale=scale, state_v_first=state_v_first, activations=activations),
+        **dict(output_final_state=output_final_state, mesh=mesh, axis_name=axis_name),
+        storage_dtype=checks.storage(storage_dtype),
+    )
+    return o, final_state
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        *("C", "scale", "state_v_first", "activations", "output_final_state", "mesh", "axis_name"),
+        "storage_dtype",
+    ),
+)
+def _context_parallel(
+    q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
+    *, C, scale, state_v_first, activations, output_final_state, mesh, axis_name, storage_dtype,
+):  # fmt: skip
+    HV, K, V = v.shape[2], q.shape[3], v.shape[3]
+    T = q.shape[1] // mesh.shape[axis_name]  # of one device, as everything below
+    packed = cu_seqlens is not None
+    N = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    options = dict(C=C, scale=scale, state_v_first=False, activations=activations)
+
+    def on_device(q, k, v, g, beta, initial_state, ends, A_log, dt_bias):
+        device = lax.axis_index(axis_name)
+        start = device * T
+        first_states = chunking.first_states(initial_state, N, HV, K, V, state_v_first, dtype)
+
+        # The sequence that goes on past this device's end, if one does. Its rows of the states: all when dense.
+        n, begins = chunking.sequence_at(ends, start + T)
+        goes_on = begins < start + T
+        S = lax.dynamic_slice_in_dim(first_states, n, 1) if packed else first_states
+        zeros, unit = jnp.zeros((*S.shape[:-1], K), dtype), jnp.eye(K, dtype=dtype)
+        S = jnp.where(
+            begins < start,
+            jnp.concatenate([jnp.zeros_like(S), jnp.broadcast_to(unit, zeros.shape)], axis=-1),
+            jnp.concatenate([S, zeros], axis=-1),
+        )
+
+        def span_map(S):
+            columns = jnp.concatenate([v, jnp.zeros((*v.shape[:-1], K), v.dtype)], axis=-1)
+            tail = jnp.stack([jnp.clip(begins - start, 0, T), T]) if packed else None
+            return scan_chunks(
+                *(q, k, columns, g, beta, S, tail, A_log, dt_bias),
+                **dict(NT=chunking.max_num_chunks(T, 1, C), fields=(), storage_dtype=None, **options),
+            )[0]
+
+        maps = lax.all_gather(lax.cond(goes_on, span_map, lambda S: S, S), axis_name)
+
+        # The sequence that reaches into this device's span, and the state that it brings.
+        n, begins = chunking.sequence_at(ends, start)
+        S = compose(maps, begins // T, device, V)
+        reaches_in = (begins < start) & ((jnp.arange(N) == n) | (not packed))
+        states = jnp.where(reaches_in[:, None, None, None], S, first_states)
+        own = jnp.clip(ends - start, 0, T) if packed else None
+        states, made = scan_chunks(
+            *(q, k, v, g, beta, states, own, A_log, dt_bias),
+            **dict(NT=chunking.num_chunks(T, own, None, C), fields=("o",), storage_dtype=storage_dtype),
+            **options,
+        )
+        if not output_final_state:
+            return made["o"], None
+        # A sequence's final state is where its last token is; that of an empty one is on every device.
+        last = jnp.where(jnp.diff(ends) > 0, (ends[1:] - 1) // T, 0) == device
+        final_state = lax.psum(jnp.where(last[:, None, None, None], states, 0), axis_name)
+        return made["o"], chunking.turn(final_state, state_v_first)
+
+    time, whole = PartitionSpec(None, axis_name), PartitionSpec()
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        axis_names={axis_name},
+        in_specs=(time,) * 5 + (whole,) * 4,
+        out_specs=(time, whole),
+        check_vma=False,
+    )(
+        *(q, k, v, g, beta, initial_state),
+        jnp.asarray(cu_seqlens if packed else [0, q.shape[1]], jnp.int32),
+        *(A_log, dt_bias),
+    )
+
+
+def compose(maps, first, device, V):
+    """The state that enters `device`: S <- M S + b over the devices from `first` on, from S = 0.
+
+    maps [P, n, HV, K, V + K], [b | M] of each device. Returns S [n, HV, K, V].
+    """
+
+    def step(S, x):
+        i, b, M = x
+        between = (first <= i) & (i < device)
+        return lax.cond(between, lambda S: b + dot("...ij,...jv->...iv", M, S), lambda S: S, S), None
+
+    b, M = maps[..., :V], maps[..., V:]
+    S, _ = lax.scan(step, jnp.zeros(b.shape[1:], b.dtype), (jnp.arange(len(maps)), b, M))
+    return S
