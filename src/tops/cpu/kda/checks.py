@@ -261,13 +261,13 @@ def known_index_helper(cu_seqlens, chunk_size):
         raise TypeError("cu_seqlens: expected values that are known (not under jit), got a traced array")
 
 
-def time_axis(mesh, axis_name, T):
-    """`axis_name` is an axis of `mesh`, and its devices divide T."""
+def mesh_axis(mesh, name, axis, letter, size):
+    """`axis`, the argument `name`, is an axis of `mesh` whose devices divide q's axis `letter`."""
     if not isinstance(mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {_describe(mesh)}")
-    _require(axis_name in mesh.shape, "axis_name", f"one of the mesh's axes {mesh.axis_names}", repr(axis_name))
-    P = mesh.shape[axis_name]
-    _require(T % P == 0, "q", f"T a multiple of the {P} devices of mesh axis {axis_name!r}", f"T={T}")
+    _require(axis in mesh.axis_names, name, f"an axis of the mesh, one of {mesh.axis_names}", repr(axis))
+    devices = f"{mesh.shape[axis]} devices of mesh axis {axis!r}"
+    _require(size % mesh.shape[axis] == 0, "q", f"{letter} a multiple of the {devices}", f"{letter}={size}")
 
 
 def _require(holds, name, expected, came):

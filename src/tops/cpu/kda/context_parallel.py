@@ -20,12 +20,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as Spec
 
 from . import checks, chunking
 from .chunk_fwd import scan_chunks
 from .dot import dot
 from .gate import Activations
+
+MAP_CHUNK = 32  # tokens of a chunk of the map, at most: fewer operations than with 64, in the same time
 
 
 def context_parallel_kda(
@@ -51,16 +53,19 @@ def context_parallel_kda(
     *,
     mesh,
     axis_name,
+    batch_axis_name=None,
+    head_axis_name=None,
     storage_dtype=None,
 ):
-    """`chunk_kda` with the time axis sharded over a mesh axis, of P devices or more.
+    """`chunk_kda` with the time axis sharded over the P devices of a mesh axis.
 
         S'  = diag(exp(g_t)) S_{t-1}
         S_t = S' + beta_t k_t (v_t - k_t^T S')^T
         o_t = scale * q_t^T S_t
 
-    Every device cuts its T / P tokens into chunks of its own: the result is that of `chunk_kda` up to rounding.
-    The other axes of the mesh stay with JAX: shard B or the heads over them, and no more is exchanged.
+    Every device cuts its T / P tokens into chunks of its own: the result is that of `chunk_kda` up to
+    rounding. What is exchanged is one all-gather, HV * K * (K + V) values from each device to every other
+    one. `output_final_state` takes an all-reduce of N * HV * K * V values besides.
 
     Args:
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
@@ -70,10 +75,13 @@ def context_parallel_kda(
             `cu_seqlens` counts tokens of the whole T: a sequence may begin and end on any device.
         mesh: a `jax.sharding.Mesh`.
         axis_name: the mesh axis that T is sharded over; its P devices divide T.
+        batch_axis_name, head_axis_name: mesh axes that B, and H and HV together, are sharded over too; their
+            devices divide B, and H. None: all of it on every device.
         storage_dtype: as for `chunk_kda`; the maps are not rounded.
 
     Returns:
-        o [B, T, HV, V], sharded over T as q is, and the final state [N, HV, K, V] or None, on every device.
+        o [B, T, HV, V], sharded as v is, and the final state [N, HV, K, V] or None, the same on every device
+        of `axis_name`.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -83,7 +91,14 @@ def context_parallel_kda(
     scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
     checks.chunks(chunk_size, cu_seqlens, None, q.shape[1])
     checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
-    checks.time_axis(mesh, axis_name, q.shape[1])
+    B, T, H, _ = q.shape
+    checks.mesh_axis(mesh, "axis_name", axis_name, "T", T)
+    for name, axis, letter, size in (
+        ("batch_axis_name", batch_axis_name, "B", B),
+        ("head_axis_name", head_axis_name, "H", H),
+    ):
+        if axis is not None:
+            checks.mesh_axis(mesh, name, axis, letter, size)
     activations = Activations(
         qk_l2norm=use_qk_l2norm_in_kernel,
         gate=use_gate_in_kernel,
@@ -93,8 +108,8 @@ def context_parallel_kda(
     o, final_state = _context_parallel(
         *(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias),
         **dict(C=chunk_size, scale=scale, state_v_first=state_v_first, activations=activations),
-        **dict(output_final_state=output_final_state, mesh=mesh, axis_name=axis_name),
-        storage_dtype=checks.storage(storage_dtype),
+        **dict(output_final_state=output_final_state, storage_dtype=checks.storage(storage_dtype)),
+        **dict(mesh=mesh, axis_name=axis_name, batch_axis=batch_axis_name, head_axis=head_axis_name),
     )
     return o, final_state
 
@@ -102,78 +117,73 @@ def context_parallel_kda(
 @partial(
     jax.jit,
     static_argnames=(
-        *("C", "scale", "state_v_first", "activations", "output_final_state", "mesh", "axis_name"),
-        "storage_dtype",
+        *("C", "scale", "state_v_first", "activations", "output_final_state", "storage_dtype"),
+        *("mesh", "axis_name", "batch_axis", "head_axis"),
     ),
 )
 def _context_parallel(
     q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
-    *, C, scale, state_v_first, activations, output_final_state, mesh, axis_name, storage_dtype,
+    *, C, scale, state_v_first, activations, output_final_state, storage_dtype,
+    mesh, axis_name, batch_axis, head_axis,
 ):  # fmt: skip
-    HV, K, V = v.shape[2], q.shape[3], v.shape[3]
-    T = q.shape[1] // mesh.shape[axis_name]  # of one device, as everything below
     packed = cu_seqlens is not None
-    N = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    options = dict(C=C, scale=scale, state_v_first=False, activations=activations)
+    ends = jnp.asarray(cu_seqlens if packed else [0, q.shape[1]], jnp.int32)
+    options = dict(scale=scale, state_v_first=False, activations=activations)
 
     def on_device(q, k, v, g, beta, initial_state, ends, A_log, dt_bias):
+        (B, T, HV, V), K = v.shape, k.shape[-1]  # what is here of them
+        N = ends.shape[0] - 1 if packed else B
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
         device = lax.axis_index(axis_name)
         start = device * T
         first_states = chunking.first_states(initial_state, N, HV, K, V, state_v_first, dtype)
 
-        # The sequence that goes on past this device's end, if one does. Its rows of the states: all when dense.
+        # 1: the map of the sequence that goes on past this device's end, if one does.
         n, begins = chunking.sequence_at(ends, start + T)
-        goes_on = begins < start + T
+        tail = jnp.stack([jnp.maximum(begins - start, 0), T]) if packed else None
         S = lax.dynamic_slice_in_dim(first_states, n, 1) if packed else first_states
-        zeros, unit = jnp.zeros((*S.shape[:-1], K), dtype), jnp.eye(K, dtype=dtype)
-        S = jnp.where(
-            begins < start,
-            jnp.concatenate([jnp.zeros_like(S), jnp.broadcast_to(unit, zeros.shape)], axis=-1),
-            jnp.concatenate([S, zeros], axis=-1),
-        )
+        identity = jnp.broadcast_to(jnp.eye(K, V + K, V, dtype=dtype), (*S.shape[:-1], V + K))
+        S = jnp.where(begins < start, identity, jnp.pad(S, [(0, 0)] * 3 + [(0, K)]))
 
         def span_map(S):
-            columns = jnp.concatenate([v, jnp.zeros((*v.shape[:-1], K), v.dtype)], axis=-1)
-            tail = jnp.stack([jnp.clip(begins - start, 0, T), T]) if packed else None
+            C_map = min(C, MAP_CHUNK)
             return scan_chunks(
-                *(q, k, columns, g, beta, S, tail, A_log, dt_bias),
-                **dict(NT=chunking.max_num_chunks(T, 1, C), fields=(), storage_dtype=None, **options),
+                *(q, k, jnp.pad(v, [(0, 0)] * 3 + [(0, K)]), g, beta, S, tail, A_log, dt_bias),
+                **dict(NT=chunking.max_num_chunks(T, 1, C_map), C=C_map, fields=(), storage_dtype=None),
+                **options,
             )[0]
 
-        maps = lax.all_gather(lax.cond(goes_on, span_map, lambda S: S, S), axis_name)
+        maps = lax.cond(begins < start + T, span_map, lambda S: S, S)
 
-        # The sequence that reaches into this device's span, and the state that it brings.
+        # 2: the state of the sequence that reaches into this device's span, if one does.
+        maps = lax.all_gather(maps, axis_name)
         n, begins = chunking.sequence_at(ends, start)
         S = compose(maps, begins // T, device, V)
         reaches_in = (begins < start) & ((jnp.arange(N) == n) | (not packed))
         states = jnp.where(reaches_in[:, None, None, None], S, first_states)
+
+        # 3: the forward, of the part of each sequence that lies here.
         own = jnp.clip(ends - start, 0, T) if packed else None
         states, made = scan_chunks(
             *(q, k, v, g, beta, states, own, A_log, dt_bias),
-            **dict(NT=chunking.num_chunks(T, own, None, C), fields=("o",), storage_dtype=storage_dtype),
+            **dict(NT=chunking.num_chunks(T, own, None, C), C=C, fields=("o",), storage_dtype=storage_dtype),
             **options,
         )
         if not output_final_state:
             return made["o"], None
-        # A sequence's final state is where its last token is; that of an empty one is on every device.
+        # A sequence's final state is where its last token is; that of an empty one, say, on the first device.
         last = jnp.where(jnp.diff(ends) > 0, (ends[1:] - 1) // T, 0) == device
         final_state = lax.psum(jnp.where(last[:, None, None, None], states, 0), axis_name)
         return made["o"], chunking.turn(final_state, state_v_first)
 
-    time, whole = PartitionSpec(None, axis_name), PartitionSpec()
+    tokens, states = Spec(batch_axis, axis_name, head_axis), Spec(batch_axis, head_axis)
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        axis_names={axis_name},
-        in_specs=(time,) * 5 + (whole,) * 4,
-        out_specs=(time, whole),
-        check_vma=False,
-    )(
-        *(q, k, v, g, beta, initial_state),
-        jnp.asarray(cu_seqlens if packed else [0, q.shape[1]], jnp.int32),
-        *(A_log, dt_bias),
-    )
+        in_specs=(*[tokens] * 5, states, Spec(), Spec(head_axis), Spec(head_axis)),
+        out_specs=(tokens, states),
+        check_vma=False,  # the scan's buffers start as plain zeros, the same on all devices
+    )(q, k, v, g, beta, initial_state, ends, A_log, dt_bias)
 
 
 def compose(maps, first, device, V):
