@@ -261,13 +261,22 @@ def known_index_helper(cu_seqlens, chunk_size):
         raise TypeError("cu_seqlens: expected values that are known (not under jit), got a traced array")
 
 
-def mesh_axis(mesh, name, axis, letter, size):
-    """`axis`, the argument `name`, is an axis of `mesh` whose devices divide q's axis `letter`."""
+def mesh_axes(mesh, axes, sizes):
+    """`axes`: {argument: (axis of `mesh` or None, letter of `sizes`)}; its devices divide that size."""
     if not isinstance(mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {_describe(mesh)}")
-    _require(axis in mesh.axis_names, name, f"an axis of the mesh, one of {mesh.axis_names}", repr(axis))
-    devices = f"{mesh.shape[axis]} devices of mesh axis {axis!r}"
-    _require(size % mesh.shape[axis] == 0, "q", f"{letter} a multiple of the {devices}", f"{letter}={size}")
+    taken = set()
+    for name, (axis, letter) in axes.items():
+        if axis is None:
+            continue
+        _require(axis in mesh.axis_names, name, f"an axis of the mesh, one of {mesh.axis_names}", repr(axis))
+        _require(axis not in taken, name, "an axis that nothing else is sharded over", repr(axis))
+        taken.add(axis)
+        devices = f"{mesh.shape[axis]} devices of mesh axis {axis!r}"
+        size = sizes[letter]
+        _require(
+            size % mesh.shape[axis] == 0, "q", f"{letter} a multiple of the {devices}", f"{letter}={size}"
+        )
 
 
 def _require(holds, name, expected, came):

@@ -91,14 +91,12 @@ def context_parallel_kda(
     scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
     checks.chunks(chunk_size, cu_seqlens, None, q.shape[1])
     checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
-    B, T, H, _ = q.shape
-    checks.mesh_axis(mesh, "axis_name", axis_name, "T", T)
-    for name, axis, letter, size in (
-        ("batch_axis_name", batch_axis_name, "B", B),
-        ("head_axis_name", head_axis_name, "H", H),
-    ):
-        if axis is not None:
-            checks.mesh_axis(mesh, name, axis, letter, size)
+    axes = dict(
+        axis_name=(axis_name, "T"),
+        batch_axis_name=(batch_axis_name, "B"),
+        head_axis_name=(head_axis_name, "H"),
+    )
+    checks.mesh_axes(mesh, axes, dict(zip("BTH", q.shape[:3], strict=True)))
     activations = Activations(
         qk_l2norm=use_qk_l2norm_in_kernel,
         gate=use_gate_in_kernel,

@@ -1,0 +1,100 @@
+"""Many devices and many processes, in processes of their own: JAX learns their number as it starts."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inputs import draw
+from jax.sharding import AbstractMesh
+
+from tops.cpu.kda import context_parallel_kda
+
+TESTS = Path(__file__).parent
+
+
+def run(*command, **environment):
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=os.environ | environment, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_on_eight_devices():
+    tests = str(TESTS / "devices" / "on_eight_devices.py")
+    print(run("-m", "pytest", "-q", tests, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+
+
+def test_processes_give_the_bits_of_devices():
+    """2 and 4 processes against 2 and 4 devices of one process, and all against one device."""
+    script = str(TESTS.parent / "examples" / "distributed.py")
+    out = run("-W", "error", script, "--tokens", "256", "--heads", "2", "--dim", "16")
+    rows = re.findall(r"^ +(\d) +(\d) +256 +([\d.e-]+) +([\d,]+) +(-|the same)$", out, re.MULTILINE)
+    assert [row[:2] for row in rows] == [("1", "2"), ("2", "2"), ("1", "4"), ("4", "4")], out
+    assert [row[4] for row in rows] == ["-", "the same"] * 2
+    for _, devices, error, received, _ in rows:
+        assert float(error) <= 1e-6
+        assert int(received.replace(",", "")) == (int(devices) - 1) * 4 * 2 * 16 * (16 + 16)
+
+
+MESH = AbstractMesh((2, 3), ("rows", "time"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(mesh=None), TypeError, "mesh: expected a jax.sharding.Mesh, got NoneType"),
+        (
+            dict(axis_name="x"),
+            ValueError,
+            "axis_name: expected an axis of the mesh, one of ('rows', 'time'), got 'x'",
+        ),
+        (
+            dict(head_axis_name="x"),
+            ValueError,
+            "head_axis_name: expected an axis of the mesh, one of ('rows', 'time'), got 'x'",
+        ),
+        (
+            dict(axis_name="rows", batch_axis_name="rows"),
+            ValueError,
+            "batch_axis_name: expected an axis that nothing else is sharded over, got 'rows'",
+        ),
+        (
+            dict(T=40),
+            ValueError,
+            "q: expected T a multiple of the 3 devices of mesh axis 'time', got T=40",
+        ),
+        (
+            dict(batch_axis_name="rows"),
+            ValueError,
+            "q: expected B a multiple of the 2 devices of mesh axis 'rows', got B=1",
+        ),
+        (
+            dict(H=3, HV=6, head_axis_name="rows"),
+            ValueError,
+            "q: expected H a multiple of the 2 devices of mesh axis 'rows', got H=3",
+        ),
+        (
+            dict(initial_state=np.zeros((2, 4, 8, 8), np.float32)),
+            ValueError,
+            "initial_state: expected [N, HV, K, V] = (1, 4, 8, 8), got (2, 4, 8, 8)",
+        ),
+        (
+            dict(initial_state=np.zeros((1, 4, 8, 8), np.float32), cu_seqlens=np.array([0, 20, 42])),
+            ValueError,
+            "initial_state: expected [N, HV, K, V] = (2, 4, 8, 8), got (1, 4, 8, 8)",
+        ),
+        (dict(chunk_size=48), ValueError, "chunk_size: expected one of (16, 32, 64, 128), got 48"),
+    ],
+)
+def test_refuses(change, error, message):
+    sizes = dict(T=42, H=2, HV=4, K=8)
+    sizes |= {name: change[name] for name in sizes if name in change}
+    options = dict(mesh=MESH, axis_name="time") | {n: x for n, x in change.items() if n not in sizes}
+    with pytest.raises(error) as caught:
+        context_parallel_kda(*draw(**sizes), **options)
+    assert str(caught.value) == message
