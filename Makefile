@@ -2,10 +2,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz mutants coverage test-fla conformance bench lint figures clean
+.PHONY: demo demo-distributed test fuzz mutants coverage test-fla conformance bench lint figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tops.cpu.kda
+
+demo-distributed: $(VENV)/.installed
+	$(BIN)/python examples/distributed.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
