@@ -133,7 +133,7 @@ def test_options_on_a_grid(B, axes, options):
 
 
 def test_storage_dtype():
-    """With one device's chunks: its bits up to the first boundary, then less error, as maps are not rounded."""
+    """With one device's chunks: its bits up to the first boundary, then less error (maps are not rounded)."""
     x = draw("weak", T=16 * P, H=2, K=32)
     rounded = [np.asarray(op(*x, storage_dtype=jnp.bfloat16)[0]) for op in (over_time, one_device)]
     np.testing.assert_array_equal(rounded[0][:, :16], rounded[1][:, :16])
