@@ -91,6 +91,17 @@ def run(workers):
             "other recurrence": (other, dict(op="recurrence", **LAYER)),
         },
     )
+    results["gradient"] = measure(
+        "gradients, T=8192, H=32",
+        {
+            "chunk_kda": (ours, dict(op="chunk_kda", **LAYER)),
+            "gradient": (ours, dict(op="gradient", **LAYER)),
+            "packed": (ours, dict(op="chunk_kda", **LAYER, documents=25)),
+            "packed gradient": (ours, dict(op="gradient", **LAYER, documents=25)),
+            "other chunk_kda": (other, dict(op="chunk_kda", **LAYER)),
+            "other gradient": (other, dict(op="gradient", **LAYER)),
+        },
+    )
     results["long"] = measure(
         "T=65536 against T=8192, H=8",
         {
@@ -141,7 +152,7 @@ def ratios(results):
     def temporaries(result):
         return result["temporaries"] / 1e6
 
-    long = results["long"]
+    long, gradient = results["long"], results["gradient"]
     seconds = [x["compile"] for x in compiled.values()]
     rows = [
         ("T=8192, H=32", "jla chunked, times faster", over(layer, "jla chunked"), 12, True),
@@ -158,6 +169,10 @@ def ratios(results):
         ("bfloat16", "float32, times its time", over(layer, "bfloat16"), 1.1, False),
         ("T=65536, H=8", "T=8192, times its time", over(long, "65536", "8192"), 8.5, False),
         ("chunk_kda_fwd", "chunk_kda, times its time", over(layer, "chunk_kda_fwd"), 1.35, False),
+        ("gradient", "chunk_kda, times its time", over(gradient, "gradient"), 4, False),
+        ("", "on the other Python", over(gradient, "other gradient", "other chunk_kda"), 4, False),
+        ("", "temporaries, MB", temporaries(gradient["gradient"]), 1500, False),
+        ("", "25 documents, times their forward", over(gradient, "packed gradient", "packed"), None, False),
         ("compile", "seconds, the longest of four", max(seconds), 1.5, False),
         ("", "the longest over the shortest", max(seconds) / min(seconds), None, False),
         (

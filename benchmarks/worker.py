@@ -49,9 +49,19 @@ class Jax:
                 chunk_kda_fwd=kda.chunk_kda_fwd,
                 recurrence=kda.naive_recurrent_kda,
                 decode=kda.fused_recurrent_kda,
+                gradient=self.gradient(kda.chunk_kda),
                 dot=lambda x, **_: jax.numpy.dot(x, x, precision="highest"),
                 touch=lambda x, **_: 0.5 * x,
             )
+
+    def gradient(self, op):
+        """The cotangents of all arguments of `op`, where those of o and the final state are ones."""
+
+        def gradient(*arrays, **options):
+            results, pull = self.jax.vjp(lambda *arrays: op(*arrays, **options), *arrays)
+            return pull(self.jax.tree.map(self.jax.numpy.ones_like, results))
+
+        return gradient
 
     def prepare(
         self, op, T=0, H=0, documents=None, tokens=None, dtype="float32", shape=None, compile_only=False
