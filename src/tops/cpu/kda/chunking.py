@@ -104,24 +104,26 @@ def cut(x, start, length, C):
     A length of None is C, known before the program runs: nothing is selected.
     """
     # A slice may not reach past the end of x: take the last C tokens there, and move them up.
-    x, start = _hide(x, start)
+    begin = start if length is None else jnp.minimum(start, x.shape[1] - C)
+    rows = _slice(x, begin, C)
     if length is None:
-        return lax.dynamic_slice_in_dim(x, start, C, axis=1)
-    begin = jnp.minimum(start, x.shape[1] - C)
-    rows = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
+        return rows
     return keep_rows(jnp.take(rows, jnp.arange(C) + (start - begin), axis=1, mode="clip"), length)
 
 
-@jax.custom_jvp
-def _hide(x, start):
-    """Before JAX 0.11 XLA widens 16-bit arrays whole, ahead of the scan, unless the slice hides x from it."""
-    return lax.optimization_barrier((x, start))
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _slice(x, start, C):
+    # Before JAX 0.11 XLA widens 16-bit arrays whole, ahead of the scan, unless the slice hides x from it.
+    x, start = lax.optimization_barrier((x, start))
+    return lax.dynamic_slice_in_dim(x, start, C, axis=1)
 
 
-@_hide.defjvp
-def _hide_jvp(primals, tangents):
-    # Not the tangents: XLA adds a chunk's gradient to that of x in place only where it sees both.
-    return _hide(*primals), tangents
+@_slice.defjvp
+def _slice_jvp(C, primals, tangents):
+    # The gradient of x takes that of a chunk in place, if no barrier stands between the two, and fast, if the
+    # chunk's is made first.
+    (x, start), (dx, _) = primals, tangents
+    return _slice(x, start, C), lax.optimization_barrier(lax.dynamic_slice_in_dim(dx, start, C, axis=1))
 
 
 def keep_rows(rows, length):
