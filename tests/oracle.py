@@ -24,7 +24,8 @@ def walk(
 
     A token rounds the state that it finds and what it adds to it, each relative to its size; the next ones
     carry that on by at most the norm of their step, |1 - beta |k|^2| or 1 times the largest decay. Roundings
-    are independent and add in quadrature. What lies below the least normal number may count as zero.
+    are independent and add in quadrature. What lies below the least normal number may count as zero,
+    also a decay over many tokens, before it meets a state that was large then.
     With `raw_gates` the arithmetic has rounded g itself: a decay is off by |g| eps, and since equal gates
     round alike, that adds up.
     """
@@ -47,11 +48,12 @@ def walk(
     eps, tiny = (float(x) for x in (np.finfo(arithmetic).eps, np.finfo(arithmetic).tiny))
     for n, (row, start, end) in enumerate(spans):
         S, own, drift = states[n], np.zeros(HV), np.zeros(HV)
-        size = np.linalg.norm(S, axis=(1, 2))
+        size = largest = np.linalg.norm(S, axis=(1, 2))
         for t in range(start, end):
             decay = np.exp(g[row, t])
             S *= decay[:, :, None]
-            flushed = tiny * (size + (K * V) ** 0.5)
+            largest = np.maximum(largest, size)
+            flushed = tiny * K**0.5 * (largest + V**0.5)
             size = np.linalg.norm(S, axis=(1, 2))
             off = np.linalg.norm(g[row, t][:, :, None] * S, axis=(1, 2)) if raw_gates else 0
             grown = decay.max(axis=1) * np.maximum(1, abs(1 - beta[row, t] * k_norm[row, t] ** 2))
@@ -66,7 +68,7 @@ def walk(
             S += k[row, t][:, :, None] * v_new[row, t][:, None, :]
             size = np.linalg.norm(S, axis=(1, 2))
             o[row, t] = np.einsum("hk,hkv->hv", q[row, t], S)
-            o_budget[row, t] = q_norm[row, t] * (budget + eps * size)
+            o_budget[row, t] = q_norm[row, t] * (budget + eps * size + flushed)
         state_budget[n] = own + drift + eps * size
     budgets = dict(o_budget=o_budget, v_new_budget=v_new_budget, state_budget=state_budget)
     return dict(o=o, final_state=states, v_new=v_new, **budgets)

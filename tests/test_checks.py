@@ -261,6 +261,12 @@ STAGES = [
         "storage_dtype: expected None or one of float64, float32, bfloat16, float16, got 'int8'",
     ),
     (
+        chunk_kda,
+        GOOD | dict(storage_dtype="none such"),
+        TypeError,
+        "storage_dtype: expected None or one of float64, float32, bfloat16, float16, got 'none such'",
+    ),
+    (
         chunk_kda_fwd_intra,
         INTRA | dict(gk=GOOD["k"]),
         ValueError,
@@ -547,3 +553,12 @@ def test_facts_that_are_static_are_checked_under_jit():
         jax.jit(partial(chunk_kda, **GOOD, cu_seqlens=CU))(chunk_indices=np.zeros((1, 2), int))
     with pytest.raises(TypeError, match=r"cu_seqlens: expected values that are known .*, got a traced array"):
         jax.jit(partial(prepare_chunk_indices, chunk_size=64))(CU)
+
+
+def test_what_is_traced_is_believed():
+    """Neither the values of cu_seqlens nor of chunk_indices are known: their shapes alone are held."""
+    call = partial(chunk_kda, return_intermediate_states=True)
+    indices = prepare_chunk_indices(CU, 64)
+    assert jax.eval_shape(call, **GOOD, cu_seqlens=CU, chunk_indices=indices)[2].shape[1] == len(indices)
+    traced = jax.eval_shape(partial(call, **GOOD, cu_seqlens=CU), chunk_indices=indices)
+    assert traced[2].shape[1] == len(indices)

@@ -118,6 +118,16 @@ def test_stages_chained_by_hand(dtype, packed, use_exp2, state_v_first):
         assert relative_error(x, np.asarray(getattr(fields, name), np.float64)) <= bound, name
 
 
+def test_the_output_stage_does_not_read_above_the_diagonal():
+    (q, *_), _ = case()
+    fields = chunk_kda_fwd(*case()[0], disable_recompute=True)
+    A = np.array(fields.Aqk)
+    above = np.arange(T)[:, None] % 64 < np.arange(64)  # of the rows of each chunk
+    A[np.broadcast_to(above[None, :, None], A.shape)] = np.nan
+    o, expected = (chunk_gla_fwd_o_gk(q, fields.v_new, fields.g, x, fields.h, None) for x in (A, fields.Aqk))
+    np.testing.assert_array_equal(o, expected)
+
+
 def test_optional_results_of_the_stages():
     inputs, _ = case()
     q, k, v, _, beta = inputs

@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 DEMO = [sys.executable, "-W", "error", "-m", "tops.cpu.kda"]
 
 
@@ -18,7 +20,15 @@ def test_demo_prints_its_table():
     assert "oracle" in run.stderr
 
 
-def test_demo_refuses_in_one_line():
-    run = subprocess.run([*DEMO, "--tokens", "2", "--documents", "3"], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "2", "--documents", "3"], "--documents: expected at most --tokens=2, got 3"),
+        (["--heads", "0"], "--heads: expected at least 1, got 0"),
+        (["--seed", "-1"], "--seed: expected at least 0, got -1"),
+    ],
+)
+def test_demo_refuses_in_one_line(options, message):
+    run = subprocess.run([*DEMO, *options], capture_output=True, text=True)
     assert run.returncode == 2
-    assert "--documents: expected at most --tokens=2, got 3" in run.stderr
+    assert message in run.stderr
