@@ -17,6 +17,7 @@ from tops.cpu.kda import (
     chunk_kda_fwd,
     chunk_kda_fwd_intra,
     chunk_local_cumsum,
+    context_parallel_kda,
     fused_kda_gate,
     fused_recurrent_kda,
     kda_gate_chunk_cumsum,
@@ -415,12 +416,14 @@ def test_refused_in_one_line(op, arguments, kind, message):
 
 STATE = dict(initial_state=zeros(B, HV, K, V))
 GATE = dict(A_log=zeros(HV), dt_bias=zeros(HV * K))
+ONE_DEVICE = dict(mesh=jax.make_mesh((1,), ("t",), devices=jax.devices("cpu")[:1]), axis_name="t")
 # Every public op that takes arrays, with all of them given.
 EVERYTHING = {
     chunk_kda: GOOD | STATE | GATE | dict(use_gate_in_kernel=True),
     chunk_kda_fwd: GOOD | STATE | GATE | dict(use_gate_in_kernel=True),
     fused_recurrent_kda: GOOD | STATE | GATE | dict(use_gate_in_kernel=True),
     naive_recurrent_kda: GOOD | STATE,
+    context_parallel_kda: GOOD | STATE | GATE | dict(use_gate_in_kernel=True) | ONE_DEVICE,
     chunk_kda_fwd_intra: INTRA,
     recompute_w_u_fwd: WY | dict(q=GOOD["q"]),
     chunk_gated_delta_rule_fwd_h: STATE_PASS | STATE | dict(g=GOOD["beta"]),

@@ -88,8 +88,13 @@ def context_parallel_kda(
 
     Source: `fla.ops.cp` (`chunk_gated_delta_rule_fwd_h_pre_process`), for the exchange of [b | M].
     """
+    checks.flags(
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        state_v_first=state_v_first,
+    )
     scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
-    checks.chunks(chunk_size, cu_seqlens, None, q.shape[1])
+    chunk_size = checks.chunks(chunk_size, cu_seqlens, None, q.shape[1])
     checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
     axes = dict(
         axis_name=(axis_name, "T"),
