@@ -113,9 +113,9 @@ def main():
 
 def judge(mutant, cache):
     """The first test that fails with the fault, or SURVIVES."""
-    file, old, new, _ = mutant
+    file, old, new, what = mutant
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("src", "tests", "README.md", "pyproject.toml"):
+        for name in ("src", "tests", "docs", "examples", "README.md", "pyproject.toml"):
             source, target = ROOT / name, Path(folder, name)
             (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
         path = Path(folder, "src/tops/cpu/kda", file)
@@ -131,10 +131,10 @@ def judge(mutant, cache):
         )
     if run.returncode == 0:
         return "SURVIVES"
-    failed = [
-        line.split(" - ")[0] for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
-    ]
-    return failed[0] if failed else f"pytest ended with {run.returncode}"
+    failed = [line.split(" - ")[0] for line in run.stdout.splitlines() if line.startswith("FAILED")]
+    if not failed:  # no verdict: the tests could not be run
+        sys.exit(f"{what}: pytest ended with {run.returncode}\n{run.stdout}{run.stderr}")
+    return failed[0]
 
 
 if __name__ == "__main__":
