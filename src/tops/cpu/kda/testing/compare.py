@@ -8,9 +8,9 @@ tensor, but not in the maximum of its block.
 A right kernel may err by the largest of
 
     the error of our own forward, which rounds what it stores to the same dtype, in this block;
-    three times its error relative to the golden over the whole tensor, times the golden of this block: the
-        errors of a block can move together (with equal keys one score's rounding is every score's), so that
-        a block is one throw of the dice, and ours may have been lucky;
+    its error relative to the golden over the whole tensor, times the golden of this block; for the root mean
+        square three times that: the errors of a block can move together (with equal keys one score's rounding is
+        every score's), so that a block is one throw of the dice, and ours may have been lucky;
     C * u of the golden, C the chunk size or 64 (the candidate's own may be), u half the arithmetic's epsilon:
         the contract's `g` is a cumulative sum, which a model's gates, about -1 each, take to -C in a chunk;
         rounding it moves a decay by u C, and every kernel that we know takes its decays from there;
@@ -135,11 +135,12 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
     rel, yardstick = (float(_over(np.linalg.norm(y), np.linalg.norm(whole[2]))) for y in whole[:2])
     sums = max(case.chunk_size, 64) * float(jnp.finfo(wide).eps) / 2
     pooled = max(sums, LUCK * yardstick if np.isfinite(yardstick) else 0)
+    pooled_peak = max(sums, float(_over(whole[1].max(), whole[2].max())) if np.isfinite(yardstick) else 0)
     ratios, limits = [], []
     for where in inside:
         e, y, G, f = (z[where] for z in (error, own, golden, floor))
         evenly = np.max([rms(y), pooled * rms(G), rms(f)], axis=0)
-        at_most = np.max([peak(y), pooled * rms(G), sums * peak(G), peak(f)], axis=0)
+        at_most = np.max([peak(y), pooled * rms(G), pooled_peak * peak(G), peak(f)], axis=0)
         ratios.append(np.maximum(_over(rms(e), evenly), _over(peak(e), at_most)))
         limits.append(multiple * at_most)
     ratios = np.array(ratios)  # [blocks, HV]
