@@ -24,7 +24,9 @@ FLOAT32 = dict(
     masks=4e-7,
     resets=4e-7,
     no_decay=8e-7,
+    uneven=2.5e-6,
     near_keys=1.5e-6,
+    beta_0_1=8e-7,
     beta_2=8e-7,
     equal_keys=2e-5,
 )

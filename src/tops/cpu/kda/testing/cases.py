@@ -22,7 +22,7 @@ REGIMES = {
     "no_decay": "all gates 0: the plain delta rule",
     "uneven": "gates from -1e-3 to -5, every head and channel its own: a gate of the wrong one shows",
     "near_keys": "nearly equal keys, beta 1, weak gates: every token rewrites the same slot",
-    "beta_0": "beta 0: nothing is written, the state only decays",
+    "beta_0_1": "beta 0 or 1, weak gates: a token writes nothing, or replaces",
     "beta_2": "beta up to 2, weak gates: negative eigenvalues",
     "equal_keys": "equal keys, beta 1.99, gates 0: errors live for a hundred tokens",
 }
@@ -58,8 +58,8 @@ def draw(regime="logsigmoid", B=1, T=1024, H=4, HV=None, K=64, V=None, seed=0, d
         case "near_keys":
             k = unit(k[:, :1] + 0.05 * rng.standard_normal(k.shape))
             beta, g = np.ones_like(beta), weak
-        case "beta_0":
-            beta = np.zeros_like(beta)
+        case "beta_0_1":
+            beta, g = np.round(beta), weak
         case "beta_2":
             beta, g = 2 * beta, weak
         case "equal_keys":

@@ -9,8 +9,8 @@ A right kernel may err by the largest of
 
     the error of our own forward, which rounds what it stores to the same dtype, in this block;
     its error relative to the golden over the whole tensor, times the golden of this block; for the root mean
-        square three times that: the errors of a block can move together (with equal keys one score's rounding is
-        every score's), so that a block is one throw of the dice, and ours may have been lucky;
+        square three times that: the errors of a block can move together (with equal keys one score's rounding
+        is every score's), so that a block is one throw of the dice, and ours may have been lucky;
     C * u of the golden, C the chunk size or 64 (the candidate's own may be), u half the arithmetic's epsilon:
         the contract's `g` is a cumulative sum, which a model's gates, about -1 each, take to -C in a chunk;
         rounding it moves a decay by u C, and every kernel that we know takes its decays from there;
