@@ -20,7 +20,7 @@ REGIMES = {
     "masks": "30 % of the gates -1000, the rest weak: a cumulative sum loses the rest to float32",
     "resets": "10 % of the gates -inf, the rest weak: a cumulative sum is NaN",
     "no_decay": "all gates 0: the plain delta rule",
-    "uneven": "gates from -1e-3 to -5, every head and channel its own: a gate of the wrong one shows",
+    "uneven": "gates about -1e-3 to -3, every head and channel its own: a gate of the wrong one shows",
     "near_keys": "nearly equal keys, beta 1, weak gates: every token rewrites the same slot",
     "beta_0_1": "beta 0 or 1, weak gates: a token writes nothing, or replaces",
     "beta_2": "beta up to 2, weak gates: negative eigenvalues",
@@ -54,7 +54,7 @@ def draw(regime="logsigmoid", B=1, T=1024, H=4, HV=None, K=64, V=None, seed=0, d
         case "no_decay":
             g = np.zeros_like(g)
         case "uneven":
-            g = np.broadcast_to(-(10 ** rng.uniform(-3, np.log10(5), (HV, K))), g.shape)
+            g = -(10 ** rng.uniform(-3, 0.5, (HV, K))) * (0.5 + chance)
         case "near_keys":
             k = unit(k[:, :1] + 0.05 * rng.standard_normal(k.shape))
             beta, g = np.ones_like(beta), weak

@@ -132,7 +132,7 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
 
     inside = [(block.row, slice(block.start, block.stop)) for block in blocks]
     whole = [np.concatenate([y[where].ravel() for where in inside]) for y in (error, own, golden)]
-    rel, yardstick = (float(_over(np.linalg.norm(y), np.linalg.norm(whole[2]))) for y in whole[:2])
+    rel, yardstick = (float(_over(_norm(y), _norm(whole[2]))) for y in whole[:2])
     sums = max(case.chunk_size, 64) * float(jnp.finfo(wide).eps) / 2
     pooled = max(sums, LUCK * yardstick if np.isfinite(yardstick) else 0)
     pooled_peak = max(sums, float(_over(whole[1].max(), whole[2].max())) if np.isfinite(yardstick) else 0)
@@ -144,7 +144,7 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
         ratios.append(np.maximum(_over(rms(e), evenly), _over(peak(e), at_most)))
         limits.append(multiple * at_most)
     ratios = np.array(ratios)  # [blocks, HV]
-    norms = [np.linalg.norm(y) for y in (*whole, np.concatenate([floor[where].ravel() for where in inside]))]
+    norms = [_norm(y) for y in (*whole, np.concatenate([floor[where].ravel() for where in inside]))]
     ratio = max(float(ratios.max()), float(_over(norms[0], max(norms[1], sums * norms[2], norms[3]))))
 
     i, head = np.unravel_index(np.argmax(ratios), ratios.shape)
@@ -174,6 +174,11 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
         start=start,
         picture=picture,
     )
+
+
+def _norm(x):
+    """Without BLAS, whose threads cost more than they gain here."""
+    return np.sqrt(np.sum(np.square(x)))
 
 
 def _over(x, y):
