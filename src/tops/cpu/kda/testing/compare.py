@@ -189,7 +189,7 @@ def _over(x, y):
 
 def _ulps(x, golden, dtype):
     """Floats of `dtype` between x and the golden, -1 where one is not finite."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         x, golden = (np.asarray(np.asarray(y, np.float64).astype(dtype)) for y in (x, golden))
     finite = np.isfinite(x.astype(np.float64)) & np.isfinite(golden.astype(np.float64))
     x, golden = ordinal(x), ordinal(golden)
