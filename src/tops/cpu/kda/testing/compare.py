@@ -105,6 +105,7 @@ def judged_of(case, tensor, golden):
     return np.isfinite(golden)
 
 
+@np.errstate(invalid="ignore", over="ignore")  # what is not judged may be any bits
 def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
     """Judges x, the candidate's `tensor` of a case, all of the shape of `golden`; dtype is the candidate's.
 
@@ -120,8 +121,7 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
     x, golden, ours = (
         rows_of(np.where(judged, np.asarray(y, np.float64), 0), tensor) for y in (x, golden, ours)
     )
-    with np.errstate(invalid="ignore"):
-        error, own = np.abs(x - golden), np.abs(ours - golden)
+    error, own = np.abs(x - golden), np.abs(ours - golden)
     error = np.where(np.isfinite(error), error, np.inf)
     floor, golden = half_ulp(golden, stored), np.abs(golden)
     blocks = blocks_of(case, tensor)
@@ -189,8 +189,7 @@ def _over(x, y):
 
 def _ulps(x, golden, dtype):
     """Floats of `dtype` between x and the golden, -1 where one is not finite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        x, golden = (np.asarray(np.asarray(y, np.float64).astype(dtype)) for y in (x, golden))
+    x, golden = (np.asarray(np.asarray(y, np.float64).astype(dtype)) for y in (x, golden))
     finite = np.isfinite(x.astype(np.float64)) & np.isfinite(golden.astype(np.float64))
     x, golden = ordinal(x), ordinal(golden)
     apart = (x < 0) != (golden < 0)  # their difference may overflow
