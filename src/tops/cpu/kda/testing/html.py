@@ -85,7 +85,6 @@ def _colour(ratio, multiple):
 
 def _picture(row):
     """The error over (token, channel) of the worst sequence and head, with the first token of each chunk."""
-    case = CATALOGUE[row.case]
     error = np.where(np.isfinite(row.picture), row.picture, np.nan).T
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     axes = figure.add_subplot()
@@ -101,7 +100,7 @@ def _picture(row):
     if state:
         title += f", chunk {row.worst['chunk']}"
     else:
-        for token in range(case.chunk_size, error.shape[1], case.chunk_size):
+        for token in range(row.chunk_size, error.shape[1], row.chunk_size):
             axes.axvline(token - 0.5, color="#7fd4ff", linewidth=1)
         for token in (0, error.shape[1]):
             axes.axvline(token - 0.5, color="#39ff14", linewidth=4)

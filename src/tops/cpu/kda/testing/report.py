@@ -24,6 +24,7 @@ class Row(NamedTuple):
     worst: dict | None = None  # sequence, token, head, channel, chunk, offset
     ok: bool = False
     start: str = ""  # where the error starts
+    chunk_size: int = 64
     note: str = ""  # what was returned instead of the tensor
     picture: np.ndarray | None = None  # the error over (token, channel), worst sequence and head
 

@@ -121,7 +121,7 @@ def judge_tensors(case, made, known, dtype, multiple=MULTIPLE):
     shapes = {name: x.shape for name, x in known.golden.items()}
     rows = []
     for name, x in made.items():
-        row = Row(case.name, name, STAGES[name], dtype.name)
+        row = Row(case.name, name, STAGES[name], dtype.name, chunk_size=case.chunk_size)
         dtypes = [wide] if name in ("g", "final_state") else [dtype] if name == "o" else [dtype, wide]
         x = None if x is None else case.standard({name: x})[name]
         if x is None:
