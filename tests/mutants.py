@@ -69,7 +69,7 @@ MUTANTS = [
     ("chunking.py", "return turn(initial_state, state_v_first).astype(dtype)", "return initial_state.astype(dtype).reshape(N, HV, K, V)", "state_v_first reinterprets the initial state"),
     ("chunking.py", "rows = jnp.where(inside.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)", "rows = rows * inside.reshape(-1, *[1] * (rows.ndim - 1))", "the stage ops' padding masked by multiplication"),
     ("chunking.py", "row = jnp.minimum(jnp.arange(self.C), self.table.length[:, None] - 1)", "row = jnp.minimum(jnp.arange(self.C)[None], self.C - 1) + 0 * self.table.length[:, None]", "a short chunk's cumulative sum falls back to 0"),
-    ("chunking.py", "return lax.optimization_barrier((x, start))", "return x, start", "16-bit inputs are widened whole (before JAX 0.11)"),
+    ("chunking.py", "    x, start = lax.optimization_barrier((x, start))\n", "", "16-bit inputs are widened whole (before JAX 0.11)"),
     ("gate.py", "return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2NORM_EPS)", "return x / (jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)) + L2NORM_EPS)", "the epsilon outside the root"),
     ("gate.py", "-jnp.exp(A_log)[:, None] * jax.nn.softplus(g)", "-jnp.exp(A_log) [:, None] * jax.nn.relu(g)", "relu for softplus"),
     ("gate.py", "jnp.exp(A_log)[:, None] * g)", "g * A_log[:, None])", "A_log for its exponential"),
