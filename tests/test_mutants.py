@@ -1,4 +1,4 @@
-"""The faults of `make mutants` still are faults of the present source; whether the suite sees them, it tells."""
+"""The faults of `make mutants` are faults of the source as it is; whether the suite sees them, that tells."""
 
 import pytest
 from mutants import MUTANTS, ROOT
