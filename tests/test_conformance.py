@@ -243,6 +243,13 @@ def head_first_kda(q, k, v, g, beta, **options):
 def test_adapters_for_other_layouts():
     assert check(head_first_kda, "dense", adapter=adapters.head_first).ok
 
+    def no_groups(q, k, v, g, beta, **options):
+        assert q.shape[2] == v.shape[2]
+        return kda.naive_recurrent_kda(q, k, v, g, beta, **options)
+
+    assert not check(no_groups, "dense", adapter=adapters.plain).ok
+    assert check(no_groups, "dense", adapter=lambda fn: adapters.plain(adapters.ungrouped(fn))).ok
+
     def by_segments(*, segment_ids=None, **inputs):
         if segment_ids is not None:
             inputs["cu_seqlens"] = jnp.asarray(CATALOGUE["packed"].cu_seqlens)

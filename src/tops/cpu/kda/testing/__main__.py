@@ -60,7 +60,7 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-ADAPTERS = ("plain", "head_first", "segment_ids")
+ADAPTERS = ("plain", "head_first", "segment_ids", "ungrouped")
 
 
 def adapter(name):

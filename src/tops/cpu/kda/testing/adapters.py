@@ -60,6 +60,16 @@ def head_first(fn):
     return adapted
 
 
+def ungrouped(fn):
+    """For an op without grouped value heads: every value head gets a q/k head of its own."""
+
+    def adapted(*, q, k, v, **options):
+        q, k = (np.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
+        return fn(q=q, k=k, v=v, **options)
+
+    return adapted
+
+
 def segment_ids(fn):
     """For an op that packs by segment_ids [B, T], the number of each token's sequence, and keeps no states of
     the sequences: it declines what has states and packs; padding is a segment of its own."""
