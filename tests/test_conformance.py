@@ -316,6 +316,14 @@ def test_command_line(tmp_path, capsys):
     assert main(["check", "json:nothing"]) == 2
 
 
+def test_float64_where_x64_is_off():
+    """The suite has it on; a user's command has it off."""
+    command = [sys.executable, "-m", "tops.cpu.kda.testing", "check", "--dtype", "float64", "--case", "dense"]
+    for call in (["tops.cpu.kda:chunk_kda_fwd"], ["tops.cpu.kda:naive_recurrent_kda", "--adapter", "plain"]):
+        run = subprocess.run([*command, *call], capture_output=True, text=True)
+        assert run.stdout.startswith("ok: "), run.stdout + run.stderr
+
+
 @pytest.mark.parametrize(("impl", "failed"), [("tops.cpu.kda:chunk_kda", 0), ("wrong:op", 1)])
 def test_pytest_runs_one_test_a_case_and_tensor(impl, failed, tmp_path):
     (tmp_path / "wrong.py").write_text(

@@ -48,7 +48,8 @@ def check(
     Raises:
         ValueError, TypeError: in one line, when an argument is none of these.
     """
-    dtype = checks.storage(dtype, "dtype")
+    with jax.enable_x64(True):  # a float64 candidate is given float64 whatever x64 is
+        dtype = checks.storage(dtype, "dtype")
     if dtype is None:
         raise TypeError("dtype: expected float64, float32, bfloat16 or float16, got None")
     if arrays not in KINDS:

@@ -4,7 +4,6 @@ from functools import cache
 
 import pytest
 
-from tops.cpu.kda import checks
 from tops.cpu.kda.testing import STAGES, select
 from tops.cpu.kda.testing.__main__ import adapter
 from tops.cpu.kda.testing.run import check, load, takes_stages
@@ -27,7 +26,7 @@ def pytest_generate_tests(metafunc):
 
 @cache
 def report(case, impl, dtype, adapter_name, arrays):
-    return check(load(impl), [case], checks.storage(dtype), adapter=adapter(adapter_name), arrays=arrays)
+    return check(load(impl), [case], dtype, adapter=adapter(adapter_name), arrays=arrays)
 
 
 def test_kda(case, tensor, request):
