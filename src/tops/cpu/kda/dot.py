@@ -72,7 +72,6 @@ def storage(dtype):
     """How an intermediate is stored: rounded to `dtype` and widened again, or kept as it is for None."""
 
     def store(x):
-        # The barrier keeps XLA from dropping the two conversions as excess precision.
-        return x if dtype is None else lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)
+        return x if dtype is None else x.astype(dtype).astype(x.dtype)
 
     return store
