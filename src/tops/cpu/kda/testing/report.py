@@ -75,7 +75,8 @@ class Report:
             text = (
                 f"NOT OK: {self.candidate}, {len(bad)} of {of} are more than {self.multiple:g} yardsticks off"
             )
-            text += f" in {len({row.case for row in bad})} cases"
+            off = len({row.case for row in bad})
+            text += f" in {off} case{'s' * (off > 1)}"
             if self.stages:
                 text += f"; the first bad stage is {self.first_bad_stage}"
         return text + (f"; declined: {', '.join(self.declined)}" if self.declined else "")
