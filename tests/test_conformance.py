@@ -18,7 +18,7 @@ from faults import FAULTS, PACKING_FAULTS, kernel, packed_kernel
 from oracle import recurrence, stages
 
 import tops.cpu.kda as kda
-from tops.cpu.kda.testing import CATALOGUE, adapters, check, select, truth
+from tops.cpu.kda.testing import CATALOGUE, Case, adapters, check, select, truth
 from tops.cpu.kda.testing.__main__ import main
 from tops.cpu.kda.testing.compare import compare, half_ulp, ordinal
 from tops.cpu.kda.testing.files import check_files, export
@@ -158,6 +158,18 @@ def test_the_catalogue_says_why():
     ]
     with pytest.raises(ValueError, match=r"cases: expected a pattern of dense, .* got 'nothing'"):
         select("nothing")
+
+
+def test_a_case_of_ones_own_where_no_sequence_has_a_token():
+    """Nothing is off but a final state that is not the initial one."""
+    case = Case("empty", "nothing but padding", B=1, T=192, cu_seqlens=9 * (0,))
+    assert check(kda.chunk_kda_fwd, [case]).ok
+
+    def zero_states(**inputs):
+        o, final_state = kda.chunk_kda(**inputs)
+        return o, 0 * final_state
+
+    assert [row.tensor for row in check(zero_states, [case]).rows if not row.ok] == ["final_state"]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])

@@ -114,6 +114,11 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
     (the error over (token, channel) of the worst's sequence and head, of a state over (K, V); None when it
     passes).
     """
+    blocks = blocks_of(case, tensor)
+    if not blocks:  # no sequence has a token
+        return dict(
+            rel=0.0, max_abs=0.0, max_ulp=0, yardstick=0.0, ratio=0.0, worst={}, start="", picture=None
+        )
     wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     stored = wide if tensor in ("g", "final_state") else dtype
     ulps = _ulps(x, golden, stored)
@@ -124,12 +129,6 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
     error, own = np.abs(x - golden), np.abs(ours - golden)
     error = np.where(np.isfinite(error), error, np.inf)
     floor, golden = half_ulp(golden, stored), np.abs(golden)
-    blocks = blocks_of(case, tensor)
-    if not blocks:
-        return dict(
-            rel=0.0, max_abs=0.0, max_ulp=0, yardstick=0.0, ratio=0.0, worst={}, start="", picture=None
-        )
-
     inside = [(block.row, slice(block.start, block.stop)) for block in blocks]
     whole = [np.concatenate([y[where].ravel() for where in inside]) for y in (error, own, golden)]
     rel, yardstick = (float(_over(_norm(y), _norm(whole[2]))) for y in whole[:2])
