@@ -39,14 +39,6 @@ class Block(NamedTuple):
     token: int  # of the sequence, the first
 
 
-def relative_error(x, truth):
-    """Frobenius norm of the error over that of the truth."""
-    x = np.asarray(x, np.float64)
-    assert x.shape == truth.shape, (x.shape, truth.shape)
-    assert np.isfinite(x).all()
-    return np.linalg.norm(x - truth) / np.linalg.norm(truth)
-
-
 def ordinal(x):
     """Consecutive integers for consecutive floats of x's dtype."""
     bits = x.view(f"i{x.dtype.itemsize}").astype(np.int64)
