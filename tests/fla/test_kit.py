@@ -2,11 +2,13 @@
 
 import functools
 
+import jax.numpy as jnp
 import kernels
 import numpy as np
 import pytest
 
 from tops.cpu.kda.testing import Case, check
+from tops.cpu.kda.testing.arrays import to_kind, to_numpy
 
 
 @functools.wraps(kernels.forward.chunk_kda_fwd)
@@ -31,3 +33,13 @@ def test_says_why_fla_is_off_on_masks():
     report = check(fla, [case], "float32", arrays="torch")
     assert report.first_bad_stage == "1 intra"
     assert next(row.ok for row in report.rows if row.tensor == "g")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "int32"])
+def test_an_array_as_torch_s_and_back_is_the_same_bits(dtype):
+    x = np.linspace(-3, 100, 7).astype(jnp.dtype(dtype))
+    tensor = to_kind(x, "torch")
+    assert str(tensor.dtype) == f"torch.{dtype}"
+    back = to_numpy(tensor.requires_grad_(tensor.is_floating_point()))
+    assert back.dtype == x.dtype
+    assert back.tobytes() == x.tobytes()

@@ -13,7 +13,7 @@ def to_kind(x, kind):
     return to_torch(x) if kind == "torch" else jnp.asarray(x)
 
 
-def to_torch(x):
+def to_torch(x):  # pragma: no cover, torch: tests/fla/test_kit.py
     """On the GPU where there is one."""
     import torch
 
@@ -27,7 +27,9 @@ def to_numpy(x):
     """An array of any library as NumPy's, None as None. bfloat16 comes as ml_dtypes'."""
     if x is None:
         return None
-    if type(x).__module__.partition(".")[0] == "torch":
-        x = x.detach().cpu()
-        return x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
-    return np.asarray(x)
+    return from_torch(x) if type(x).__module__.partition(".")[0] == "torch" else np.asarray(x)
+
+
+def from_torch(x):  # pragma: no cover, torch: tests/fla/test_kit.py
+    x = x.detach().cpu()
+    return x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
