@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tops.cpu.kda.__main__ import parse_args
+
 DEMO = [sys.executable, "-W", "error", "-m", "tops.cpu.kda"]
 
 
@@ -28,7 +30,8 @@ def test_demo_prints_its_table():
         (["--seed", "-1"], "--seed: expected at least 0, got -1"),
     ],
 )
-def test_demo_refuses_in_one_line(options, message):
-    run = subprocess.run([*DEMO, *options], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert message in run.stderr
+def test_demo_refuses_in_one_line(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kda", *options])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        parse_args()
+    assert message in capsys.readouterr().err
