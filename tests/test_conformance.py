@@ -4,6 +4,8 @@
 flagged at it. Nothing here is tuned a fault at a time.
 """
 
+import html
+import inspect
 import json
 import re
 import subprocess
@@ -18,11 +20,12 @@ from faults import FAULTS, PACKING_FAULTS, kernel, packed_kernel
 from oracle import recurrence, stages
 
 import tops.cpu.kda as kda
-from tops.cpu.kda.testing import CATALOGUE, Case, adapters, check, select, truth
+from tops.cpu.kda.testing import CATALOGUE, Case, Report, adapters, check, select, truth
 from tops.cpu.kda.testing.__main__ import main
 from tops.cpu.kda.testing.compare import compare, half_ulp, ordinal
 from tops.cpu.kda.testing.files import check_files, export
 
+NO_MATPLOTLIB = "the HTML report needs matplotlib, the extra `report`"
 DTYPES = [np.dtype(np.float32), np.dtype(jnp.bfloat16)]
 ALL_FAULTS = FAULTS | PACKING_FAULTS
 
@@ -160,6 +163,19 @@ def test_the_catalogue_says_why():
         select("nothing")
 
 
+@pytest.mark.parametrize("op", [kda.chunk_kda, kda.chunk_kda_fwd])
+def test_a_case_gives_the_options_that_it_is_about(op):
+    """Arguments that the op has, none at its default but for three."""
+    parameters = inspect.signature(op).parameters
+    stages = op is kda.chunk_kda_fwd
+    for case in CATALOGUE.values():
+        if not (case.raw and stages):
+            options = case.options(stages)
+            assert options.keys() | case.inputs().keys() <= parameters.keys()
+            for name in options.keys() - {"scale", "chunk_size", "disable_recompute"}:
+                assert options[name] != parameters[name].default, (case.name, name)
+
+
 def test_a_case_of_ones_own_where_no_sequence_has_a_token():
     """Nothing is off but a final state that is not the initial one."""
     case = Case("empty", "nothing but padding", B=1, T=192, cu_seqlens=9 * (0,))
@@ -231,8 +247,9 @@ def test_says_what_is_wrong_with_a_call():
     ):
         report = check(lambda made=made, **inputs: made, "dense")
         assert next(row.note for row in report.rows if row.tensor == "o") == note
-    with pytest.raises(TypeError, match="dtype: expected"):
-        check(op, dtype="int8")
+    for dtype in ("int8", None):
+        with pytest.raises(TypeError, match="dtype: expected"):
+            check(op, dtype=dtype)
     with pytest.raises(ValueError, match="arrays: expected one of jax, numpy, torch, got 'mlx'"):
         check(op, arrays="mlx")
 
@@ -244,6 +261,16 @@ def test_a_candidate_may_decline():
     report = check(op, "dense")
     assert report.declined == ["dense"]
     assert not report.ok
+    assert report.verdict.endswith("op, no case was run; declined: dense")
+
+
+def test_stages_behind_a_wrapper_are_judged_where_asked_for():
+    """Its signature does not show them."""
+
+    def wrapper(**inputs):
+        return kda.chunk_kda_fwd(**inputs)
+
+    assert [len(check(wrapper, "dense", stages=stages).rows) for stages in (None, True)] == [2, 11]
 
 
 def head_first_kda(q, k, v, g, beta, **options):
@@ -262,6 +289,15 @@ def test_adapters_for_other_layouts():
     assert not check(no_groups, "dense", adapter=adapters.plain).ok
     assert check(no_groups, "dense", adapter=lambda fn: adapters.plain(adapters.ungrouped(fn))).ok
 
+
+@pytest.mark.parametrize(
+    "adapter",
+    [adapters.segment_ids, lambda fn: adapters.plain(adapters.segment_ids(fn))],
+    ids=["alone", "in_plain"],
+)
+def test_segment_ids_are_those_of_the_sequences(adapter):
+    """A dense call has none; a packed one with states is declined."""
+
     def by_segments(*, segment_ids=None, **inputs):
         if segment_ids is not None:
             inputs["cu_seqlens"] = jnp.asarray(CATALOGUE["packed"].cu_seqlens)
@@ -269,18 +305,22 @@ def test_adapters_for_other_layouts():
             np.testing.assert_array_equal(segment_ids[0], expected)
         return kda.chunk_kda(**inputs)
 
-    report = check(by_segments, "packed,packed_no_state", adapter=adapters.segment_ids)
-    assert report.ok
+    report = check(by_segments, "dense,packed,packed_no_state", adapter=adapter)
+    assert report.ok, str(report)
+    assert len(report.rows) == 3
     assert report.declined == ["packed"]
 
 
 def test_golden_files_there_and_back(tmp_path, capsys):
-    """What our forward writes in bfloat16 passes; a row changed, a file lost, a golden changed are found."""
+    """What our forward writes in bfloat16 passes; a row changed, a file lost, a golden changed, another
+    catalogue are found. The same files are written again."""
     golden, made = tmp_path / "golden", tmp_path / "made"
     made.mkdir()
-    export(golden, select("dense,packed"), ["bfloat16"])
+    assert main(["export", str(golden), "--case", "dense,packed", "--dtype", "bfloat16"]) == 0
     manifest = json.loads((golden / "manifest.json").read_text())
     assert list(manifest["files"]) == ["dense.bfloat16.npz", "packed.bfloat16.npz"]
+    export(tmp_path / "again", select("dense,packed"), ["bfloat16"])
+    assert json.loads((tmp_path / "again" / "manifest.json").read_text()) == manifest
     for name, entry in manifest["files"].items():
         with np.load(golden / name, allow_pickle=False) as file:
             given = {key: file[key] for key in file.files}
@@ -310,9 +350,13 @@ def test_golden_files_there_and_back(tmp_path, capsys):
         file.write(b"0")
     assert main(["check-files", str(golden), str(made)]) == 2
     assert "expected the sha256 of the manifest" in capsys.readouterr().err
+    manifest["versions"]["catalogue"] += 1
+    (golden / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["check-files", str(golden), str(made)]) == 2
+    assert "manifest.json: expected catalogue 1, got 2" in capsys.readouterr().err
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(capsys):
     assert main(["check", "tops.cpu.kda:chunk_kda_fwd", "--case", "dense,packed"]) == 0
     assert capsys.readouterr().out.startswith(
         "ok: tops.cpu.kda.chunk_fwd.chunk_kda_fwd, 22 tensors of 2 cases"
@@ -326,6 +370,8 @@ def test_command_line(tmp_path, capsys):
     assert main(["cases"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= len(CATALOGUE)
     assert main(["check", "json:nothing"]) == 2
+    assert main(["check", "json"]) == 2
+    assert "expected package.module:function, got 'json'" in capsys.readouterr().err
 
 
 def test_float64_where_x64_is_off():
@@ -336,25 +382,80 @@ def test_float64_where_x64_is_off():
         assert run.stdout.startswith("ok: "), run.stdout + run.stderr
 
 
-@pytest.mark.parametrize(("impl", "failed"), [("tops.cpu.kda:chunk_kda", 0), ("wrong:op", 1)])
-def test_pytest_runs_one_test_a_case_and_tensor(impl, failed, tmp_path):
-    (tmp_path / "wrong.py").write_text(
-        "from tops.cpu.kda import chunk_kda\n\n\ndef op(**inputs):\n"
-        "    o, final_state = chunk_kda(**inputs)\n    return o.at[0, -1].set(0), final_state\n"
-    )
+def pytest_kda(directory, *options):
     command = [sys.executable, "-m", "pytest", "-p", "tops.cpu.kda_pytest", "-p", "no:cacheprovider", "-v"]
-    command += ["--pyargs", "tops.cpu.kda.testing", "--kda-impl", impl, "--kda-case", "dense"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    command += ["--pyargs", "tops.cpu.kda.testing", *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=directory)
+
+
+@pytest.mark.parametrize(
+    ("impl", "failed", "o", "final_state"),
+    [
+        ("tops.cpu.kda:chunk_kda", 0, "PASSED", "PASSED"),
+        ("candidate:wrong", 1, "FAILED", "PASSED"),
+        ("candidate:declines", 0, "SKIPPED", "SKIPPED"),
+    ],
+)
+def test_pytest_runs_one_test_a_case_and_tensor(impl, failed, o, final_state, tmp_path):
+    (tmp_path / "candidate.py").write_text(
+        "from tops.cpu.kda import chunk_kda\n\n\ndef wrong(**inputs):\n"
+        "    o, final_state = chunk_kda(**inputs)\n    return o.at[0, -1].set(0), final_state\n\n\n"
+        "def declines(**inputs):\n    raise NotImplementedError\n"
+    )
+    run = pytest_kda(tmp_path, "--kda-impl", impl, "--kda-case", "one_token")
     assert run.returncode == failed, run.stdout + run.stderr
-    assert re.search(r"test_kda\[dense-o\] " + ("FAILED" if failed else "PASSED"), run.stdout)
-    assert "test_kda[dense-final_state] PASSED" in run.stdout
+    assert re.findall(r"test_kda\[one_token-(\w+)\] (\w+)", run.stdout)[:2] == [
+        ("final_state", final_state),
+        ("o", o),
+    ]
 
 
-def test_html_shows_the_verdict_and_pictures(tmp_path):
-    pytest.importorskip("matplotlib", reason="the HTML report needs matplotlib, the extra `report`")
-    report, _ = judged("Aqk_last_row_of_one_head", DTYPES[1])
+def test_pytest_says_that_it_needs_a_kernel(tmp_path):
+    run = pytest_kda(tmp_path)
+    assert run.returncode != 0
+    assert "--kda-impl: expected package.module:function, got nothing" in run.stdout
+
+
+def fails_on_packs(*, disable_recompute, cu_seqlens=None, **inputs):
+    if cu_seqlens is not None:
+        raise RuntimeError("expected K < V")
+    return kda.chunk_kda_fwd(**inputs, disable_recompute=disable_recompute)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        lambda: judged("Aqk_last_row_of_one_head", DTYPES[1])[0],
+        lambda: judged("h_behind_its_chunk", DTYPES[0])[0],
+        lambda: check(kda.chunk_kda_fwd, "dense"),
+        lambda: check(fails_on_packs, "dense,packed"),
+    ],
+    ids=["scores", "states", "right", "raises"],
+)
+def test_html_shows_the_verdict_and_pictures(report, tmp_path):
+    """What is off is told, linked to from the table, and pictured where there is an error to see."""
+    pytest.importorskip("matplotlib", reason=NO_MATPLOTLIB)
+    report = report()
     report.to_html(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
-    assert "the first bad stage is 1 intra" in text
-    assert text.count("data:image/png") == sum(not row.ok for row in report.rows)
+    bad = [row for row in report.rows if not row.ok]
+    assert all(html.escape(told) in text for told in (report.verdict, *map(str, bad)))
+    assert text.count("data:image/png") == sum(not row.note for row in bad)
+    targets = sorted(f"{row.case}-{row.tensor}-{row.dtype}" for row in bad)
+    assert sorted(re.findall("href='#(.*?)'", text)) == sorted(re.findall("id='(.*?)'", text)) == targets
     assert "http" not in text  # nothing is fetched
+
+
+def test_the_command_writes_html(tmp_path):
+    pytest.importorskip("matplotlib", reason=NO_MATPLOTLIB)
+    page = tmp_path / "report.html"
+    command = ["check", "test_conformance:fails_on_packs", "--case", "dense,packed", "--html", str(page)]
+    assert main(command) == 1
+    assert "raised RuntimeError: expected K &lt; V" in page.read_text()
+
+
+def test_html_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
+    monkeypatch.delitem(sys.modules, "tops.cpu.kda.testing.html", raising=False)
+    with pytest.raises(ImportError, match=r"matplotlib: pip install 'tops-cpu-kda\[report\]'"):
+        Report("op", "float32", 2.0, False, [], []).to_html(tmp_path / "report.html")
