@@ -55,11 +55,12 @@ class Jax:
             )
 
     def gradient(self, op):
-        """The cotangents of all arguments of `op`, where those of o and the final state are ones."""
+        """The gradients of all arguments of `op`, for cotangents of o and the final state that come last."""
 
         def gradient(*arrays, **options):
-            results, pull = self.jax.vjp(lambda *arrays: op(*arrays, **options), *arrays)
-            return pull(self.jax.tree.map(self.jax.numpy.ones_like, results))
+            *arrays, o, final_state = arrays
+            _, pull = self.jax.vjp(lambda *arrays: op(*arrays, **options), *arrays)
+            return pull((o, final_state))
 
         return gradient
 
@@ -78,6 +79,8 @@ class Jax:
             arrays = inputs(64, H) if compile_only else inputs(T, H)
             if documents:
                 options["cu_seqlens"] = cu_seqlens_of(T, documents)
+        if op == "gradient":
+            arrays = *arrays, arrays[2], np.ones((documents or 1, H, 128, 128), np.float32)
         arrays = [jnp.asarray(x, dtype) for x in arrays]
         if compile_only:
             arrays = [jax.ShapeDtypeStruct((1, T, *x.shape[2:]), x.dtype) for x in arrays]

@@ -246,7 +246,7 @@ def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
     made |= dict(qg=store(x_in[..., 0::2, :]), kg=store(kg))
     if storage_dtype is None:
         S_next, v_new, read = _pass_on(S, chunk, v, beta)
-        o = scale * read
+        o = scale * (read + dot("...ij,...jv->...iv", chunk.qk, v_new))
     else:
         v_new, S_next = delta_h(S, made["w"], made["u"], made["kg"], chunk.decay, store)
         o = combine_o(S, made["qg"], made["Aqk"], v_new, scale, store)
@@ -254,7 +254,7 @@ def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
 
 
 def _pass_on(S, chunk, v, beta):
-    """Stages 2 and 3 in one: the state that leaves the chunk, v_new, and o / scale.
+    """Stages 2 and 3 in one: the state that leaves the chunk, v_new, and qg S.
 
     Of an `Intra` without q, the last is what nobody should read.
     """
@@ -262,6 +262,6 @@ def _pass_on(S, chunk, v, beta):
     seen = sum_parts(dot("...ik,...kv->...iv", chunk.x_in, parts), -3)
     R = seen.shape[-2] // v.shape[-2]
     r = spread(beta[..., None], -1, v.shape[-1]) * (v - seen[..., R - 1 :: R, :])
-    v_new, read = solve(chunk.inside, chunk.below, beta, r)
+    v_new = solve(chunk.inside, chunk.below, beta, r)
     kg_t = jnp.swapaxes(lax.optimization_barrier(chunk.kg), -1, -2).reshape(*S.shape[:-1], -1)
-    return next_state(S, kg_t, v_new, chunk.decay), v_new, seen[..., ::R, :] + read
+    return next_state(S, kg_t, v_new, chunk.decay), v_new, seen[..., 0::R, :]
