@@ -11,7 +11,7 @@ from . import checks, chunking
 from .chunk_delta_h import delta_h, next_state
 from .chunk_intra import intra, triangles
 from .chunk_o import combine_o
-from .dot import dot, merge_channels, spread, storage, sum_parts
+from .dot import dot, merge_channels, pick, spread, storage, sum_parts
 from .gate import RCP_LN2, Activations, activate, cumsum
 from .solve import solve
 from .wy_fast import recompute_w_u
@@ -260,8 +260,9 @@ def _pass_on(S, chunk, v, beta):
     """
     parts = S.reshape(*S.shape[:-2], *chunk.x_in.shape[-3::2], -1)  # [..., P, K/P, V]
     seen = sum_parts(dot("...ik,...kv->...iv", chunk.x_in, parts), -3)
-    R = seen.shape[-2] // v.shape[-2]
-    r = spread(beta[..., None], -1, v.shape[-1]) * (v - seen[..., R - 1 :: R, :])
+    seen = seen.reshape(*v.shape[:-1], -1, v.shape[-1])
+    R = seen.shape[-2]
+    r = spread(beta[..., None], -1, v.shape[-1]) * (v - pick(seen, -2, R - 1))
     v_new = solve(chunk.inside, chunk.below, beta, r)
     kg_t = jnp.swapaxes(lax.optimization_barrier(chunk.kg), -1, -2).reshape(*S.shape[:-1], -1)
-    return next_state(S, kg_t, v_new, chunk.decay), v_new, seen[..., 0::R, :]
+    return next_state(S, kg_t, v_new, chunk.decay), v_new, pick(seen, -2, 0)

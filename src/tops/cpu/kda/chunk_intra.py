@@ -9,7 +9,7 @@ from jax import lax
 
 from . import checks, chunking
 from .decay import double, halves, of_tokens
-from .dot import dot, merge_channels, split_channels, spread, storage, sum_parts
+from .dot import dot, merge_channels, pick, split_channels, spread, storage, sum_parts
 from .solve import solve
 from .wy_fast import recompute_w_u
 
@@ -65,8 +65,9 @@ def intra(q, k, a):
         rows, cols, total = double(rows, cols, total)
         s *= 2
     R = x.shape[-2]
-    qk = None if q is None else reduce(_set_below, (z[..., 0::R, :] for z in (inside, *below)))[..., 0, :, :]
-    inside, *below = (z[..., R - 1 :: R, :] for z in (inside, *below))
+    scores = [z.reshape(*z.shape[:-2], -1, R, z.shape[-1]) for z in (inside, *below)]
+    qk = None if q is None else reduce(_set_below, (pick(z, -2, 0) for z in scores))[..., 0, :, :]
+    inside, *below = (pick(z, -2, R - 1) for z in scores)
     return Intra(qk, inside, tuple(below), rows, cols, merge_channels(total)[..., 0, :])
 
 

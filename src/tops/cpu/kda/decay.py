@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dot import spread_by_product
+from .dot import pick, spread_by_product
 
 
 def halves(x, n):
     """x [..., X, K] cut into n blocks, as the first and the second half of each: [..., n, X/2n, K]."""
     pairs = x.reshape(*x.shape[:-2], n, 2, -1, x.shape[-1])
-    return pairs[..., 0, :, :], pairs[..., 1, :, :]
+    return pick(pairs, -3, 0), pick(pairs, -3, 1)
 
 
 def double(rows, cols, total):
@@ -33,7 +33,8 @@ def double(rows, cols, total):
 
     rows [..., R * C, K] (R rows a token), cols [..., C, K], total [..., 2n, K].
     """
-    first, second = total[..., 0::2, :], total[..., 1::2, :]
+    pairs = total.reshape(*total.shape[:-2], -1, 2, total.shape[-1])
+    first, second = pick(pairs, -2, 0), pick(pairs, -2, 1)
     rows = _scale_half(rows, 1, first)
     cols = _scale_half(cols, 0, second)
     # Behind the barrier XLA computes a total once, not anew for every row that it scales.
@@ -56,7 +57,8 @@ def _scale_half_jvp(which, primals, tangents):
     scaled = half * spread_by_product(dfactor[..., None, :], -2, half.shape[-2])
     both = (scaled, jnp.zeros_like(scaled))
     scaled = jnp.concatenate(both if which == 0 else both[::-1], axis=-2).reshape(x.shape)
-    return _scale_half(x, which, factor), _scale_half(dx, which, factor) + scaled
+    # Behind the barrier the gradient of a level is made once, not anew for every level before it.
+    return _scale_half(x, which, factor), lax.optimization_barrier(_scale_half(dx, which, factor) + scaled)
 
 
 def from_cumsum(gk, use_exp2):

@@ -1,4 +1,4 @@
-"""The one way to contract, at full precision, to repeat along an axis, and to round an intermediate."""
+"""The one way to contract, at full precision, to pick from an axis or repeat along it, and to round."""
 
 import functools
 import math
@@ -69,9 +69,29 @@ def merge_channels(x):
     return x.reshape(*x.shape[:-2], -1)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def sum_parts(z, axis):
     """The sum over channels, of what `dot` made of each of their parts."""
     return functools.reduce(operator.add, jnp.moveaxis(z, axis, 0))  # XLA's sum is slow
+
+
+@sum_parts.defjvp
+def _sum_parts_jvp(axis, primals, tangents):
+    return sum_parts(*primals, axis), tangents[0].sum(axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def pick(x, axis, i):
+    """Entry i of an axis of x, counted from the last."""
+    return lax.index_in_dim(x, i, x.ndim + axis, keepdims=False)
+
+
+@pick.defjvp
+def _pick_jvp(axis, i, primals, tangents):
+    """The gradient selects: that of a slice pads, and XLA pads with a branch for every element."""
+    (x,), (dx,) = primals, tangents
+    entry = jnp.arange(x.shape[axis]).reshape(-1, *[1] * (-axis - 1))
+    return pick(x, axis, i), jnp.where(entry == i, dx, 0).sum(axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
