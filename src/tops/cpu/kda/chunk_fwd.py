@@ -246,7 +246,7 @@ def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
     made |= dict(qg=store(x_in[..., 0::2, :]), kg=store(kg))
     if storage_dtype is None:
         S_next, v_new, read = _pass_on(S, chunk, v, beta)
-        o = scale * (read + dot("...ij,...jv->...iv", chunk.qk, v_new))
+        o = scale * read
     else:
         v_new, S_next = delta_h(S, made["w"], made["u"], made["kg"], chunk.decay, store)
         o = combine_o(S, made["qg"], made["Aqk"], v_new, scale, store)
@@ -254,7 +254,7 @@ def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
 
 
 def _pass_on(S, chunk, v, beta):
-    """Stages 2 and 3 in one: the state that leaves the chunk, v_new, and qg S.
+    """Stages 2 and 3 in one: the state that leaves the chunk, v_new, and o / scale.
 
     Of an `Intra` without q, the last is what nobody should read.
     """
@@ -263,6 +263,6 @@ def _pass_on(S, chunk, v, beta):
     seen = seen.reshape(*v.shape[:-1], -1, v.shape[-1])
     R = seen.shape[-2]
     r = spread(beta[..., None], -1, v.shape[-1]) * (v - pick(seen, -2, R - 1))
-    v_new = solve(chunk.inside, chunk.below, beta, r)
+    v_new, read = solve(chunk.inside, chunk.below, beta, r)
     kg_t = jnp.swapaxes(lax.optimization_barrier(chunk.kg), -1, -2).reshape(*S.shape[:-1], -1)
-    return next_state(S, kg_t, v_new, chunk.decay), v_new, pick(seen, -2, 0)
+    return next_state(S, kg_t, v_new, chunk.decay), v_new, pick(seen, -2, 0) + read

@@ -1,6 +1,6 @@
 """Stage 1: the two triangles inside a chunk, Aqk and Akk."""
 
-from functools import partial, reduce
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ from jax import lax
 
 from . import checks, chunking
 from .decay import double, halves, of_tokens
-from .dot import dot, merge_channels, pick, split_channels, spread, storage, sum_parts
+from .dot import dot, merge_channels, split_channels, spread, storage, sum_parts
 from .solve import solve
 from .wy_fast import recompute_w_u
 
@@ -17,14 +17,14 @@ BLOCK = 16  # tokens of the blocks in which (I + L) is inverted; of a chunk size
 
 
 class Intra(NamedTuple):
-    """What stage 1 hands on: the scores, those of k as the doubling leaves them, and what it ends with.
+    """What stage 1 hands on: the scores, as the doubling leaves them, and what it ends with.
 
-    Rows of q and of k take turns in `x_in`: row 2i is q_i's, row 2i + 1 is k_i's; without q, row i is k_i's.
+    Rows of q and of k take turns: row 2i of `inside`, `below` and `x_in` is q_i's, row 2i + 1 is k_i's.
+    Without q, row i is k_i's.
     """
 
-    qk: jax.Array | None  # [..., C, C]  q_i . k_j D(i<-j), j <= i; None without q
-    inside: jax.Array  # [..., C/b, b, b]  k_i . k_j D(i<-j), j < i, inside blocks of b = BLOCK tokens
-    below: tuple  # [..., C/2s, s, s] for s = b, 2b, ..., C/2: the second half of 2s tokens by the first
+    inside: jax.Array  # [..., C/b, 2b, b]  x_i . k_j D(i<-j) inside blocks of b = BLOCK tokens
+    below: tuple  # [..., C/2s, 2s, s] for s = b, 2b, ..., C/2: the second half of 2s tokens by the first
     x_in: jax.Array  # [..., P, 2C, K/P]  x_i * D(i<-0), channels in parts
     kg: jax.Array  # [..., P, C, K/P]  k_j * D(C<-j)
     decay: jax.Array  # [..., K]  D(C<-0)
@@ -64,11 +64,7 @@ def intra(q, k, a):
             below += (scores,)
         rows, cols, total = double(rows, cols, total)
         s *= 2
-    R = x.shape[-2]
-    scores = [z.reshape(*z.shape[:-2], -1, R, z.shape[-1]) for z in (inside, *below)]
-    qk = None if q is None else reduce(_set_below, (pick(z, -2, 0) for z in scores))[..., 0, :, :]
-    inside, *below = (pick(z, -2, R - 1) for z in scores)
-    return Intra(qk, inside, tuple(below), rows, cols, merge_channels(total)[..., 0, :])
+    return Intra(inside, below, rows, cols, merge_channels(total)[..., 0, :])
 
 
 def triangles(chunk, beta, scale):
@@ -79,9 +75,14 @@ def triangles(chunk, beta, scale):
 
     beta [..., C]. Returns Aqk and Akk, [..., C, C].
     """
-    Aqk = scale * chunk.qk
-    eye = jnp.broadcast_to(jnp.eye(Aqk.shape[-1], dtype=Aqk.dtype), Aqk.shape)
-    return Aqk, solve(chunk.inside, chunk.below, beta, eye)
+    scores = chunk.inside
+    for below in chunk.below:
+        scores = _set_below(scores, below)
+    Aqk = scale * scores[..., 0, 0::2, :]
+    Akk, _ = solve(
+        chunk.inside, chunk.below, beta, jnp.broadcast_to(jnp.eye(Aqk.shape[-1], dtype=Aqk.dtype), Aqk.shape)
+    )
+    return Aqk, Akk
 
 
 def _set_below(diagonal, below):

@@ -4,35 +4,45 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dot import dot, spread
+from .dot import dot, pick, spread
 
 
 def solve(inside, below, beta, r):
-    """y = Akk r without Akk, by forward substitution.
+    """y = Akk r without Akk, and what q reads of y: z_i = sum_j q_i . k_j D(i<-j) y_j.
 
         y_i = r_i - beta_i sum_j k_i . k_j D(i<-j) y_j      j < i
 
-    inside, below: the scores of an `Intra`; beta [..., C], r [..., C, V]. Returns y [..., C, V].
+    inside, below: the scores of an `Intra`; beta [..., C], r [..., C, V]. Returns y and z, [..., C, V]; of
+    scores without q's rows, z is what nobody should read.
 
-    By blocks: inside a block (I + L)^-1 is applied; what a first half leaves for the second is one product.
+    Forward substitution, by blocks. Inside a block (I + L)^-1 is applied; what a first half leaves for the
+    second, and for its queries, is one product.
     """
-    *lead, n, b, _ = inside.shape
-    inverse = invert(beta.reshape(*lead, n, b, 1) * inside)
-    return _substitute(inverse, below, spread(beta[..., None], -1, r.shape[-1]), r)
+    *lead, n, rows, b = inside.shape
+    R = rows // b
+    inside = inside.reshape(*lead, n, b, R, b)
+    inverse = invert(beta.reshape(*lead, n, b, 1) * pick(inside, -2, R - 1))
+    y, z = _substitute(inverse, below, spread(beta[..., None], -1, r.shape[-1]), r)
+    own = dot("...ij,...jv->...iv", pick(inside, -2, 0), y.reshape(*lead, n, b, -1))
+    return y, z + own.reshape(y.shape)
 
 
 def _substitute(inverse, below, beta, r):
-    """`solve` with the inverse of every block at hand."""
-    if inverse.shape[-3] == 1:
-        return dot("...ij,...jv->...iv", inverse[..., 0, :, :], r)
+    """`solve` with the inverse of every block at hand, but for what q reads inside the blocks."""
+    n = inverse.shape[-3]
+    if n == 1:
+        y = dot("...ij,...jv->...iv", inverse[..., 0, :, :], r)
+        return y, jnp.zeros_like(y)
     inverse_1, inverse_2 = jnp.split(inverse, 2, axis=-3)
     below_1, below_2 = ([jnp.split(x, 2, axis=-3)[i] for x in below[:-1]] for i in range(2))
     beta_1, beta_2 = jnp.split(beta, 2, axis=-2)
     r_1, r_2 = jnp.split(r, 2, axis=-2)
-    y_1 = _substitute(inverse_1, below_1, beta_1, r_1)
+    y_1, z_1 = _substitute(inverse_1, below_1, beta_1, r_1)
     seen = dot("...ij,...jv->...iv", below[-1][..., 0, :, :], y_1)
-    y_2 = _substitute(inverse_2, below_2, beta_2, r_2 - beta_2 * seen)
-    return jnp.concatenate([y_1, y_2], axis=-2)
+    seen = seen.reshape(*r_2.shape[:-1], -1, r_2.shape[-1])
+    R = seen.shape[-2]
+    y_2, z_2 = _substitute(inverse_2, below_2, beta_2, r_2 - beta_2 * pick(seen, -2, R - 1))
+    return jnp.concatenate([y_1, y_2], axis=-2), jnp.concatenate([z_1, z_2 + pick(seen, -2, 0)], axis=-2)
 
 
 @jax.custom_jvp
