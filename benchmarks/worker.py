@@ -1,4 +1,4 @@
-"""One library in one process: prepares cases, then times one call of a case whenever it is told to.
+"""One library in one process: prepares cases, then times a case whenever it is told to.
 
 Speaks JSON, one object a line: {"prepare": name, ...the case} is answered with what compiling it cost,
 {"time": name} with the seconds of a call, {"drop": name} with nothing but ok.
@@ -136,8 +136,7 @@ def main(library):
 
 
 def seconds_of(call):
-    """The median of as many calls as half a second holds, at least one: after a rest the system runs both
-    threads on one core for a while."""
+    """The median of as many calls as half a second holds, at least one: the first after a rest are slow."""
     seconds = []
     while sum(seconds) < 0.5:
         start = time.perf_counter()

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  teaches NumPy the name bfloat16
 import numpy as np
 from hypothesis import strategies as st
 from inputs import unit

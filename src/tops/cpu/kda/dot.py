@@ -77,6 +77,7 @@ def sum_parts(z, axis):
 
 @sum_parts.defjvp
 def _sum_parts_jvp(axis, primals, tangents):
+    """The gradient repeats; that of the parts cut out one by one pads each."""
     return sum_parts(*primals, axis), tangents[0].sum(axis)
 
 
