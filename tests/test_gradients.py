@@ -157,6 +157,27 @@ def test_check_grads_in_both_modes():
     check_grads(jax.jit(op), (arguments,), order=1, modes=("fwd", "rev"))
 
 
+def test_second_order():
+    """The gradient of a gradient: a rule that leaves out what its arguments share would be wrong here."""
+    arguments, _, (d_o, d_state) = case(T=40)
+    rng = np.random.default_rng(4)
+    directions = {name: rng.standard_normal(x.shape) for name, x in arguments.items()}
+
+    def along(op):
+        def loss(arguments):
+            o, final_state = op(**arguments, output_final_state=True)
+            return jnp.sum(jnp.sin(o) * d_o) + jnp.sum(jnp.sin(final_state) * d_state)
+
+        def slope(arguments):
+            return sum(jnp.sum(x * directions[name]) for name, x in jax.grad(loss)(arguments).items())
+
+        return jax.jit(jax.grad(slope))(arguments)
+
+    truth = along(naive_recurrent_kda)
+    for name, error in errors(along(partial(chunk_kda, chunk_size=16)), truth).items():
+        assert error <= 1e-13, name
+
+
 def test_every_field_of_chunk_kda_fwd():
     """The gradient through o and the final state is `chunk_kda`'s; through the others it is finite, and
     the derivative along a direction that forward mode gives."""

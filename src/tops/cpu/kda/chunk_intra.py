@@ -9,7 +9,7 @@ from jax import lax
 
 from . import checks, chunking
 from .decay import double, halves, of_tokens
-from .dot import dot, merge_channels, split_channels, spread, storage, sum_parts
+from .dot import PARTS, dot, merge_channels, split_channels, spread, storage, sum_parts
 from .solve import solve
 from .wy_fast import recompute_w_u
 
@@ -30,13 +30,13 @@ class Intra(NamedTuple):
     decay: jax.Array  # [..., K]  D(C<-0)
 
 
-def intra(q, k, a):
+def intra(q, k, a, parts=PARTS):
     """The causal scores of one chunk, of q (diagonal included) and of k (below it) with k.
 
         x_i . k_j D(i<-j) = sum_d x_i k_j D(i<-j)      x = q, k
 
     q, k, a = exp(g) [..., C, K]; C a power of two, 16 or more. q is None where nothing is read, only the
-    state passed on. Returns an `Intra`.
+    state passed on. Sums over channels are taken in so many `parts`. Returns an `Intra`.
 
     The triangle grows by doubling: the scores between the two halves of a block of 2s tokens are one
     matrix product (see `decay`).
@@ -49,9 +49,9 @@ def intra(q, k, a):
         qk = jnp.einsum("...k,k->...", q * k, jnp.ones(K, k.dtype), precision=lax.Precision.HIGHEST)
         diagonal = [qk, *diagonal]
     rows = x * spread(a[..., None, :], -2, x.shape[-2])
-    rows = split_channels(rows.reshape(*lead, -1, K))
+    rows = split_channels(rows.reshape(*lead, -1, K), parts)
     rows = lax.optimization_barrier(rows)  # made once, not anew at every level
-    cols, total = split_channels(k), split_channels(a)
+    cols, total = split_channels(k, parts), split_channels(a, parts)
     inside = jnp.stack(diagonal, axis=-1)[..., None]
     below = ()
     s = 1

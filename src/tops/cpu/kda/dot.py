@@ -57,9 +57,9 @@ def _swap(axes):
     return axes[:-2] + axes[-1] + axes[-2]
 
 
-def split_channels(x):
+def split_channels(x, parts):
     """x [..., X, K] with its channels in P parts, [..., P, X, K/P]; P is 1 for an odd K."""
-    P = math.gcd(PARTS, x.shape[-1])
+    P = math.gcd(parts, x.shape[-1])
     return jnp.moveaxis(x.reshape(*x.shape[:-1], P, -1), -2, -3)
 
 

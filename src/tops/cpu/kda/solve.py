@@ -1,5 +1,7 @@
 """The triangular system of a chunk, (I + L) y = r, solved by substitution: nobody needs Akk = (I + L)^-1."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,28 +23,46 @@ def solve(inside, below, beta, r):
     *lead, n, rows, b = inside.shape
     R = rows // b
     inside = inside.reshape(*lead, n, b, R, b)
-    inverse = invert(beta.reshape(*lead, n, b, 1) * pick(inside, -2, R - 1))
-    y, z = _substitute(inverse, below, spread(beta[..., None], -1, r.shape[-1]), r)
+    L = beta.reshape(*lead, n, b, 1) * pick(inside, -2, R - 1)
+    y, z = _substitute(L, invert(L), below, spread(beta[..., None], -1, r.shape[-1]), r)
     own = dot("...ij,...jv->...iv", pick(inside, -2, 0), y.reshape(*lead, n, b, -1))
     return y, z + own.reshape(y.shape)
 
 
-def _substitute(inverse, below, beta, r):
+def _substitute(L, inverse, below, beta, r):
     """`solve` with the inverse of every block at hand, but for what q reads inside the blocks."""
     n = inverse.shape[-3]
     if n == 1:
-        y = dot("...ij,...jv->...iv", inverse[..., 0, :, :], r)
+        y = _apply(L[..., 0, :, :], inverse[..., 0, :, :], r)
         return y, jnp.zeros_like(y)
+    L_1, L_2 = jnp.split(L, 2, axis=-3)
     inverse_1, inverse_2 = jnp.split(inverse, 2, axis=-3)
     below_1, below_2 = ([jnp.split(x, 2, axis=-3)[i] for x in below[:-1]] for i in range(2))
     beta_1, beta_2 = jnp.split(beta, 2, axis=-2)
     r_1, r_2 = jnp.split(r, 2, axis=-2)
-    y_1, z_1 = _substitute(inverse_1, below_1, beta_1, r_1)
+    y_1, z_1 = _substitute(L_1, inverse_1, below_1, beta_1, r_1)
     seen = dot("...ij,...jv->...iv", below[-1][..., 0, :, :], y_1)
     seen = seen.reshape(*r_2.shape[:-1], -1, r_2.shape[-1])
     R = seen.shape[-2]
-    y_2, z_2 = _substitute(inverse_2, below_2, beta_2, r_2 - beta_2 * pick(seen, -2, R - 1))
+    y_2, z_2 = _substitute(L_2, inverse_2, below_2, beta_2, r_2 - beta_2 * pick(seen, -2, R - 1))
     return jnp.concatenate([y_1, y_2], axis=-2), jnp.concatenate([z_1, z_2 + pick(seen, -2, 0)], axis=-2)
+
+
+@jax.custom_jvp
+def _apply(L, inverse, r):
+    """(I + L)^-1 r, with the inverse at hand."""
+    return dot("...ij,...jv->...iv", inverse, r)
+
+
+@_apply.defjvp
+def _apply_jvp(primals, tangents):
+    """dy = (I + L)^-1 (dr - dL y): the gradient is two products, without those of `invert`."""
+    L, inverse, r = primals
+    dL, _, dr = tangents
+    y = _apply(L, inverse, r)
+    apply = partial(dot, "...ij,...jv->...iv", inverse)
+    _, dy = jax.jvp(apply, (r,), (dr - dot("...ij,...jv->...iv", dL, y),))
+    return y, dy
 
 
 @jax.custom_jvp
