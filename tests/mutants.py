@@ -45,7 +45,7 @@ MUTANTS = [
     ("solve.py", "z_2 + pick(seen, -2, 0)", "z_2", "q does not read the first half of its chunk"),
     ("solve.py", "return X, -dot(", "return X, dot(", "the sign of the inverse's derivative"),
     ("solve.py", "(dr - dot(", "(dr + dot(", "the sign of the substitution's derivative"),
-    ("solve.py", "invert(L), below", "invert(lax.stop_gradient(L)), below", "an inverse that second derivatives do not see"),
+    ("chunk_intra.py", "L, invert(L), rows", "L, invert(lax.stop_gradient(L)), rows", "an inverse that second derivatives do not see"),
     ("decay.py", "rows = _scale_half(rows, 1, first)", "rows = _scale_half(rows, 1, second)", "the wrong half's decay on the rows"),
     ("decay.py", "cols = _scale_half(cols, 0, second)", "cols = _scale_half(cols, 1, second)", "the decay on the wrong half of the columns"),
     ("dot.py", "jnp.where(entry == i, dx, 0)", "jnp.where(entry == 0, dx, 0)", "a gradient that goes back to the wrong half"),

@@ -246,10 +246,10 @@ def _stages(S, q, k, v, g, beta, scale, storage_dtype, fields, parts):
     `storage_dtype` they go apart, as in FLA's kernels, which round u and w.
     """
     if not fields:
-        S_next, _, _ = _pass_on(S, intra(None, k, jnp.exp(g), parts), v, beta)
+        S_next, _, _ = _pass_on(S, intra(None, k, jnp.exp(g), beta, parts), v, beta)
         return S_next, {}
     store = storage(storage_dtype)
-    chunk = intra(q, k, jnp.exp(g), parts)
+    chunk = intra(q, k, jnp.exp(g), beta, parts)
     x_in, kg = merge_channels(chunk.x_in), merge_channels(chunk.kg)
     made = {}
     if storage_dtype is not None or {"Aqk", "Akk", "w", "u"} & set(fields):
@@ -276,6 +276,6 @@ def _pass_on(S, chunk, v, beta):
     seen = seen.reshape(*v.shape[:-1], -1, v.shape[-1])
     R = seen.shape[-2]
     r = spread(beta[..., None], -1, v.shape[-1]) * (v - pick(seen, -2, R - 1))
-    v_new, read = solve(chunk.inside, chunk.below, beta, r)
+    v_new, read = solve(chunk, beta, r)
     kg_t = jnp.swapaxes(lax.optimization_barrier(chunk.kg), -1, -2).reshape(*S.shape[:-1], -1)
     return next_state(S, kg_t, v_new, chunk.decay), v_new, pick(seen, -2, 0) + read

@@ -9,8 +9,8 @@ from jax import lax
 
 from . import checks, chunking
 from .decay import double, halves, of_tokens
-from .dot import PARTS, dot, merge_channels, split_channels, spread, storage, sum_parts
-from .solve import solve
+from .dot import PARTS, dot, merge_channels, pick, split_channels, spread, storage, sum_parts
+from .solve import invert, solve
 from .wy_fast import recompute_w_u
 
 BLOCK = 16  # tokens of the blocks in which (I + L) is inverted; of a chunk size at least
@@ -25,18 +25,21 @@ class Intra(NamedTuple):
 
     inside: jax.Array  # [..., C/b, 2b, b]  x_i . k_j D(i<-j) inside blocks of b = BLOCK tokens
     below: tuple  # [..., C/2s, 2s, s] for s = b, 2b, ..., C/2: the second half of 2s tokens by the first
+    L: jax.Array  # [..., C/b, b, b]  beta_i k_i . k_j D(i<-j) inside blocks
+    inverse: jax.Array  # [..., C/b, b, b]  (I + L)^-1 of each
     x_in: jax.Array  # [..., P, 2C, K/P]  x_i * D(i<-0), channels in parts
     kg: jax.Array  # [..., P, C, K/P]  k_j * D(C<-j)
     decay: jax.Array  # [..., K]  D(C<-0)
 
 
-def intra(q, k, a, parts=PARTS):
-    """The causal scores of one chunk, of q (diagonal included) and of k (below it) with k.
+def intra(q, k, a, beta, parts=PARTS):
+    """The causal scores of one chunk, of q (diagonal included) and of k (below it) with k, and (I + L)^-1 of
+    the blocks that `solve` ends at.
 
         x_i . k_j D(i<-j) = sum_d x_i k_j D(i<-j)      x = q, k
 
-    q, k, a = exp(g) [..., C, K]; C a power of two, 16 or more. q is None where nothing is read, only the
-    state passed on. Sums over channels are taken in so many `parts`. Returns an `Intra`.
+    q, k, a = exp(g) [..., C, K], beta [..., C]; C a power of two, 16 or more. q is None where nothing is
+    read, only the state passed on. Sums over channels are taken in so many `parts`. Returns an `Intra`.
 
     The triangle grows by doubling: the scores between the two halves of a block of 2s tokens are one
     matrix product (see `decay`).
@@ -64,7 +67,9 @@ def intra(q, k, a, parts=PARTS):
             below += (scores,)
         rows, cols, total = double(rows, cols, total)
         s *= 2
-    return Intra(inside, below, rows, cols, merge_channels(total)[..., 0, :])
+    of_k = pick(inside.reshape(*lead, C // BLOCK, BLOCK, -1, BLOCK), -2, x.shape[-2] - 1)
+    L = beta.reshape(*lead, C // BLOCK, BLOCK, 1) * of_k
+    return Intra(inside, below, L, invert(L), rows, cols, merge_channels(total)[..., 0, :])
 
 
 def triangles(chunk, beta, scale):
@@ -79,9 +84,8 @@ def triangles(chunk, beta, scale):
     for below in chunk.below:
         scores = _set_below(scores, below)
     Aqk = scale * scores[..., 0, 0::2, :]
-    Akk, _ = solve(
-        chunk.inside, chunk.below, beta, jnp.broadcast_to(jnp.eye(Aqk.shape[-1], dtype=Aqk.dtype), Aqk.shape)
-    )
+    identity = jnp.broadcast_to(jnp.eye(Aqk.shape[-1], dtype=Aqk.dtype), Aqk.shape)
+    Akk, _ = solve(chunk, beta, identity)
     return Aqk, Akk
 
 
@@ -167,7 +171,7 @@ def _chunk_kda_fwd_intra(q, k, v, gk, beta, cu_seqlens, *, NT, C, scale, use_exp
     chunks = chunking.Split(cu_seqlens, NT, T, C, HV, jnp.result_type(jnp.float32, q, k, v, gk, beta))
     a = of_tokens(chunks.split_cumsum(gk), use_exp2)
     q, k, v, beta = (chunks.split(x) for x in (q, k, v, beta))
-    chunk = intra(q, k, a)
+    chunk = intra(q, k, a, beta)
     Aqk, Akk = (store(x) for x in triangles(chunk, beta, scale))
     x_in = merge_channels(chunk.x_in)
     w, u = recompute_w_u(Akk, x_in[..., 1::2, :], v, beta, store)

@@ -9,23 +9,21 @@ from jax import lax
 from .dot import dot, pick, spread
 
 
-def solve(inside, below, beta, r):
+def solve(chunk, beta, r):
     """y = Akk r without Akk, and what q reads of y: z_i = sum_j q_i . k_j D(i<-j) y_j.
 
         y_i = r_i - beta_i sum_j k_i . k_j D(i<-j) y_j      j < i
 
-    inside, below: the scores of an `Intra`; beta [..., C], r [..., C, V]. Returns y and z, [..., C, V]; of
-    scores without q's rows, z is what nobody should read.
+    chunk: an `Intra`; beta [..., C], r [..., C, V]. Returns y and z, [..., C, V]; without q's rows in the
+    chunk, z is what nobody should read.
 
     Forward substitution, by blocks. Inside a block (I + L)^-1 is applied; what a first half leaves for the
     second, and for its queries, is one product.
     """
-    *lead, n, rows, b = inside.shape
-    R = rows // b
-    inside = inside.reshape(*lead, n, b, R, b)
-    L = beta.reshape(*lead, n, b, 1) * pick(inside, -2, R - 1)
-    y, z = _substitute(L, invert(L), below, spread(beta[..., None], -1, r.shape[-1]), r)
-    own = dot("...ij,...jv->...iv", pick(inside, -2, 0), y.reshape(*lead, n, b, -1))
+    y, z = _substitute(chunk.L, chunk.inverse, chunk.below, spread(beta[..., None], -1, r.shape[-1]), r)
+    *blocks, b, _ = chunk.L.shape
+    of_q = pick(chunk.inside.reshape(*blocks, b, -1, b), -2, 0)
+    own = dot("...ij,...jv->...iv", of_q, y.reshape(*blocks, b, -1))
     return y, z + own.reshape(y.shape)
 
 
