@@ -37,8 +37,21 @@ def double(rows, cols, total):
     first, second = pick(pairs, -2, 0), pick(pairs, -2, 1)
     rows = _scale_half(rows, 1, first)
     cols = _scale_half(cols, 0, second)
-    # Behind the barrier XLA computes a total once, not anew for every row that it scales.
-    return rows, cols, lax.optimization_barrier(first * second)
+    return rows, cols, _product_of(pairs)
+
+
+@jax.custom_jvp
+def _product_of(pairs):
+    """The total of two blocks: pairs [..., n, 2, K]. Behind the barrier XLA computes it once, not anew for
+    every row that it scales; before JAX 0.11 there is no barrier left by then, but a reduction stands."""
+    return lax.optimization_barrier(jnp.prod(pairs, axis=-2))
+
+
+@_product_of.defjvp
+def _product_of_jvp(primals, tangents):
+    first, second = (pick(*primals, -2, i) for i in range(2))
+    d_first, d_second = (pick(*tangents, -2, i) for i in range(2))
+    return _product_of(*primals), first * d_second + d_first * second
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
