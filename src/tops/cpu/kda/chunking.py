@@ -182,12 +182,38 @@ def first_states(initial_state, N, HV, K, V, state_v_first, dtype):
 
 def read_state(states, n, packed):
     """What a chunk works on, [B, HV, K, V], of states [N, HV, K, V]: sequence n's, or every row's."""
-    return lax.dynamic_slice_in_dim(states, n, 1) if packed else states
+    return _read(states, n) if packed else states
 
 
 def write_state(states, S, n, packed):
     """`read_state` undone."""
-    return lax.dynamic_update_slice_in_dim(states, S, n, axis=0) if packed else S
+    return _write(states, S, n) if packed else S
+
+
+# Rules for reading and writing, so that XLA never copies all states for one chunk: it writes in place where
+# what was read before no longer hangs on the old states.
+@jax.custom_jvp
+def _read(states, n):
+    return lax.optimization_barrier(lax.dynamic_slice_in_dim(states, n, 1))
+
+
+@_read.defjvp
+def _read_jvp(primals, tangents):
+    return _read(*primals), lax.dynamic_slice_in_dim(tangents[0], primals[1], 1)
+
+
+@jax.custom_jvp
+def _write(states, S, n):
+    return lax.dynamic_update_slice_in_dim(states, S, n, axis=0)
+
+
+@_write.defjvp
+def _write_jvp(primals, tangents):
+    # Transposed, the barrier has the gradient of S read before its place among the states is zeroed.
+    states, S, n = primals
+    d_states, d_S, _ = tangents
+    d_states, d_S = lax.optimization_barrier((_write(d_states, jnp.zeros_like(S), n), d_S))
+    return _write(*primals), d_states + _write(jnp.zeros_like(states), d_S, n)
 
 
 def merge_states(h, state_v_first):
