@@ -12,7 +12,7 @@ LABELS = {"chunk_kda": "chunk_kda (ours)", "recurrence": "naive_recurrent_kda (o
 
 def plot(over_T, path):
     """over_T: {T: {name: {seconds, temporaries}}}."""
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     Ts = [int(T) for T in over_T]
     for name in next(iter(over_T.values())):
         label = LABELS.get(name, name)
@@ -27,7 +27,7 @@ def plot(over_T, path):
         axes.set_xticks(Ts, [str(T) for T in Ts], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    time.legend()
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, metadata={"Date": None})
 
 
