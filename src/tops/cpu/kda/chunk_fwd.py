@@ -226,6 +226,7 @@ def scan_chunks(
 
 @partial(jax.custom_jvp, nondiff_argnums=(6, 7, 8))
 def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
+    """`_stages` with its sums over channels in PARTS parts, and a rule for its gradient."""
     return _stages(S, q, k, v, g, beta, scale, storage_dtype, fields, PARTS)
 
 
