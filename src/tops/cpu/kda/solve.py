@@ -54,7 +54,8 @@ def _apply(L, inverse, r):
 
 @_apply.defjvp
 def _apply_jvp(primals, tangents):
-    """dy = (I + L)^-1 (dr - dL y): the gradient is two products, without those of `invert`."""
+    """dy = (I + L)^-1 (dr - dL y): the gradient is two products, without those of `invert`. What the inverse's
+    own tangent would say, dL says."""
     L, inverse, r = primals
     dL, _, dr = tangents
     y = _apply(L, inverse, r)
