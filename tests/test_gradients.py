@@ -158,8 +158,10 @@ def test_check_grads_in_both_modes():
 
 
 def test_second_order():
-    """The gradient of a gradient, within the first's bound: a rule that leaves out what its arguments share would
-    be wrong here."""
+    """The gradient of a gradient, within the first's bound.
+
+    A rule that leaves out what its arguments share would be wrong here.
+    """
     arguments, _, (d_o, d_state) = case(T=40)
     rng = np.random.default_rng(4)
     directions = {name: rng.standard_normal(x.shape) for name, x in arguments.items()}

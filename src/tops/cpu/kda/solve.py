@@ -54,8 +54,10 @@ def _apply(L, inverse, r):
 
 @_apply.defjvp
 def _apply_jvp(primals, tangents):
-    """dy = (I + L)^-1 (dr - dL y): the gradient is two products, without those of `invert`. What the inverse's
-    own tangent would say, dL says."""
+    """dy = (I + L)^-1 (dr - dL y): the gradient is two products, without those of `invert`.
+
+    The inverse's own tangent is left out: dL holds it.
+    """
     L, inverse, r = primals
     dL, _, dr = tangents
     y = _apply(L, inverse, r)
