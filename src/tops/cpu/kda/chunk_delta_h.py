@@ -8,7 +8,7 @@ from jax import lax
 
 from . import checks, chunking
 from .decay import from_cumsum
-from .dot import dot, storage
+from .dot import dot, merge_channels, storage, transposed
 
 
 def delta_h(S, w, u, kg, decay, store):
@@ -20,13 +20,27 @@ def delta_h(S, w, u, kg, decay, store):
     `store` rounds what FLA stores. Returns v_new [..., C, V] and the state that leaves the chunk.
     """
     v_new = store(u - dot("...ik,...kv->...iv", w, store(S)))
-    return v_new, next_state(S, jnp.swapaxes(kg, -1, -2), v_new, decay)
+    return v_new, next_state(S, kg[..., None, :, :], v_new, decay)
 
 
-def next_state(S, kg_t, v_new, decay):
-    """D(C<-0) S + kg^T v_new, the state that leaves the chunk."""
-    kg_t = lax.optimization_barrier(kg_t)  # XLA's product of a transposed left is slow
-    return decay[..., None] * S + dot("...kj,...jv->...kv", kg_t, v_new)
+def next_state(S, kg, v_new, decay):
+    """D(C<-0) S + kg^T v_new, the state that leaves the chunk; kg with its channels in parts."""
+    return decay[..., None] * S + _update(kg, v_new)
+
+
+@jax.custom_jvp
+def _update(kg, v_new):
+    """kg^T v_new, kg [..., P, C, K/P]."""
+    kg_t = transposed(lax.optimization_barrier(kg))  # made plainly before: XLA is slow where it fuses the two
+    return dot("...kj,...jv->...kv", kg_t, v_new)
+
+
+@_update.defjvp
+def _update_jvp(primals, tangents):
+    """The product rule, whose gradient needs kg as it is."""
+    (kg, v_new), (dkg, dv_new) = primals, tangents
+    update = partial(dot, "...jk,...jv->...kv")
+    return _update(kg, v_new), update(merge_channels(dkg), v_new) + update(merge_channels(kg), dv_new)
 
 
 def chunk_gated_delta_rule_fwd_h(

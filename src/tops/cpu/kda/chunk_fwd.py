@@ -278,5 +278,4 @@ def _pass_on(S, chunk, v, beta):
     R = seen.shape[-2]
     r = spread(beta[..., None], -1, v.shape[-1]) * (v - pick(seen, -2, R - 1))
     v_new, read = solve(chunk, beta, r)
-    kg_t = jnp.swapaxes(lax.optimization_barrier(chunk.kg), -1, -2).reshape(*S.shape[:-1], -1)
-    return next_state(S, kg_t, v_new, chunk.decay), v_new, pick(seen, -2, 0) + read
+    return next_state(S, chunk.kg, v_new, chunk.decay), v_new, pick(seen, -2, 0) + read

@@ -40,12 +40,12 @@ def _product(subscripts, x, y):
 
 @_product.defjvp
 def _product_jvp(subscripts, primals, tangents):
-    """The product rule. XLA takes twice the time for a product of a transposed left operand, which the
-    gradient of y is: a copy of the other operand, or of the cotangent, is transposed for it."""
+    """The product rule. The gradient of y is a product of a transposed left operand: a copy of x, or of the
+    cotangent, is transposed for it (see `transposed`)."""
     (x, y), (dx, dy) = primals, tangents
     x_axes, y_axes, out = re.split(",|->", subscripts)
     if y_axes[-1] == out[-1]:
-        x_t = lax.optimization_barrier(jnp.swapaxes(x, -1, -2))
+        x_t = transposed(split_channels(lax.optimization_barrier(x), PARTS))
         dy = _product(f"{_swap(x_axes)},{y_axes}->{out}", x_t, dy)
     else:
         dy = _product(f"{y_axes},{x_axes}->{_swap(out)}", dy, x)
@@ -67,6 +67,13 @@ def merge_channels(x):
     """`split_channels` undone."""
     x = jnp.moveaxis(x, -3, -2)
     return x.reshape(*x.shape[:-2], -1)
+
+
+def transposed(x):
+    """x [..., P, X, K/P], with its channels in parts, as [..., K, X]: a copy, since XLA runs a product of a
+    transposed left operand on one core. Of an x that is not in parts XLA makes two copies."""
+    x_t = jnp.swapaxes(x, -1, -2)
+    return lax.optimization_barrier(x_t.reshape(*x.shape[:-3], -1, x.shape[-2]))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
