@@ -237,6 +237,8 @@ def test_says_what_is_wrong_with_a_call():
 
     report = check(op, "dense")
     assert [row.note for row in report.rows] == ["raised RuntimeError: out of registers"]
+    assert report.first_bad_stage is None
+    assert report.verdict.endswith(" in 1 case; 1 raised")
     for made, note in (
         ((None, None), "was not returned"),
         (

@@ -26,6 +26,7 @@ class Row(NamedTuple):
     start: str = ""  # where the error starts
     chunk_size: int = 64
     note: str = ""  # what was returned instead of the tensor
+    raised: bool = False  # nothing was: the call says nothing of its stages
     picture: np.ndarray | None = None  # the error over (token, channel), worst sequence and head
 
     def __str__(self):
@@ -57,9 +58,10 @@ class Report:
 
     @property
     def first_bad_stage(self):
-        """The first stage with a row that is off, as in `STAGES`; None when all are well, or when the
-        candidate shows o and final_state alone."""
-        return min((row.stage for row in self.rows if not row.ok), default=None) if self.stages else None
+        """The first stage with a row that is off, as in `STAGES`; None when all are well or raised, or when
+        the candidate shows o and final_state alone."""
+        bad = (row.stage for row in self.rows if not (row.ok or row.raised))
+        return min(bad, default=None) if self.stages else None
 
     @property
     def verdict(self):
@@ -77,8 +79,10 @@ class Report:
             )
             off = len({row.case for row in bad})
             text += f" in {off} case{'s' * (off > 1)}"
-            if self.stages:
+            if self.first_bad_stage:
                 text += f"; the first bad stage is {self.first_bad_stage}"
+            if raised := sum(row.raised for row in self.rows):
+                text += f"; {raised} raised"
         return text + (f"; declined: {', '.join(self.declined)}" if self.declined else "")
 
     @property

@@ -104,7 +104,7 @@ def check_case(call, case, dtype, stages, multiple=MULTIPLE, seed=0):
         raise
     except Exception as error:
         note = f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return [Row(case.name, "o", STAGES["o"], dtype.name, note=note)]
+        return [Row(case.name, "o", STAGES["o"], dtype.name, note=note, raised=True)]
     if not isinstance(made, dict):
         made = dict(zip(FIELDS if stages else FIELDS[:2], made, strict=False))
     wanted = [
