@@ -50,18 +50,20 @@ def start(library, python):
 
 
 def measure(title, cases):
-    """{name: {seconds, compile, temporaries}} of {name: (worker, case)}, in interleaved rounds."""
+    """{name: {seconds, rounds, compile, temporaries}} of {name: (worker, case)}, in interleaved rounds."""
     print(f"{title} ...", flush=True)
     cases = {name: (worker, case) for name, (worker, case) in cases.items() if worker}
     results = {name: worker.ask(prepare=name, **case) for name, (worker, case) in cases.items()}
-    seconds = {name: [] for name in cases}
+    for result in results.values():
+        result["rounds"] = []
     for i in range(ROUNDS):
         for name, (worker, _) in cases.items():
-            if i < SLOW_ROUNDS or median(seconds[name]) < 1:
-                seconds[name].append(worker.ask(time=name)["seconds"])
+            seconds = results[name]["rounds"]
+            if i < SLOW_ROUNDS or median(seconds) < 1:
+                seconds.append(worker.ask(time=name)["seconds"])
     for name, (worker, _) in cases.items():
         worker.ask(drop=name)
-        results[name]["seconds"] = median(seconds[name])
+        results[name]["seconds"] = median(results[name]["rounds"])
         print(f"    {name:24s} {results[name]['seconds']:8.3f} s", flush=True)
     return results
 
@@ -145,10 +147,14 @@ def ratios(results):
     """Every demand: what, against what, the ratio (None: left out), its floor, whether more is better."""
     layer, small, decode = results["layer"], results["over T"]["2048"], results["decode"]
     compiled = results["compile"]
-    limit = multiply_adds(**LAYER) * layer["dot"]["seconds"] / 2048**3
+    products = multiply_adds(**LAYER) / 2048**3  # so many large ones are the layer's own
 
     def over(group, slow, fast="chunk_kda"):
-        return group[slow]["seconds"] / group[fast]["seconds"] if slow in group else None
+        """The median over rounds: what is fast in one minute and slow in the next is so for both."""
+        if slow not in group:
+            return None
+        rounds = zip(group[slow]["rounds"], group[fast]["rounds"], strict=False)  # a slow case has fewer
+        return median(x / y for x, y in rounds)
 
     def temporaries(result):
         return result["temporaries"] / 1e6
@@ -160,7 +166,7 @@ def ratios(results):
         ("", "jla token scan, times faster", over(layer, "jla scan"), 4, True),
         ("", "own recurrence, times faster", over(layer, "recurrence"), None, True),
         ("", "the same on the other Python", over(layer, "other recurrence", "other chunk_kda"), 3, True),
-        ("", "matrix-product limit, times its time", layer["chunk_kda"]["seconds"] / limit, 3.5, False),
+        ("", "matrix-product limit, times its time", over(layer, "chunk_kda", "dot") / products, 3.5, False),
         ("", "temporaries, MB", temporaries(layer["chunk_kda"]), 64, False),
         ("T=65536, H=32", "temporaries, MB", temporaries(compiled["T=65536 N=1"]), 64, False),
         ("T=2048, H=8", "jla chunked, times faster", over(small, "jla chunked"), 8, True),
