@@ -24,7 +24,7 @@ def delta_h(S, w, u, kg, decay, store):
 
 
 def next_state(S, kg, v_new, decay):
-    """D(C<-0) S + kg^T v_new, the state that leaves the chunk; kg with its channels in parts."""
+    """D(C<-0) S + kg^T v_new, the state that leaves the chunk; kg [..., P, C, K/P], channels in parts."""
     return decay[..., None] * S + _update(kg, v_new)
 
 

@@ -70,8 +70,8 @@ def merge_channels(x):
 
 
 def transposed(x):
-    """x [..., P, X, K/P], with its channels in parts, as [..., K, X]: a copy, since XLA runs a product of a
-    transposed left operand on one core. Of an x that is not in parts XLA makes two copies."""
+    """The transpose [..., K, X] of x [..., P, X, K/P], as a copy: XLA runs a product of a transposed left
+    operand on one core, and makes two copies of an x whose channels are not in parts."""
     x_t = jnp.swapaxes(x, -1, -2)
     return lax.optimization_barrier(x_t.reshape(*x.shape[:-3], -1, x.shape[-2]))
 
