@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 
-import conftest  # noqa: F401  the suite's platform and precision
+import conftest  # noqa: F401  the suite's platform and precision: no pytest loads it for a script
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from properties import PROPERTIES
 

@@ -37,7 +37,7 @@ def bits():
 def in_a_process(threads):
     """`bits` and the number of XLA's threads, with that many asked for: PJRT reads NPROC before the cores."""
     run = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, "-c", "import conftest, test_determinism as t; print(*t.bits(), t.xla_threads())"],
         env=os.environ | dict(NPROC=str(threads), PYTHONPATH=os.pathsep.join(sys.path)),
         capture_output=True,
         text=True,
@@ -63,9 +63,3 @@ def test_in_other_processes_with_one_thread_and_more():
         digests, number = in_a_process(threads)
         assert number == threads
         assert digests == expected
-
-
-if __name__ == "__main__":
-    import conftest  # noqa: F401  the suite's platform and precision
-
-    print(*bits(), xla_threads())
