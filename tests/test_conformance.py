@@ -239,6 +239,7 @@ def test_says_what_is_wrong_with_a_call():
     assert [row.note for row in report.rows] == ["raised RuntimeError: out of registers"]
     assert report.first_bad_stage is None
     assert report.verdict.endswith(" in 1 case; 1 raised")
+    assert str(report).endswith("\ndense: raised RuntimeError: out of registers")
     for made, note in (
         ((None, None), "was not returned"),
         (

@@ -46,9 +46,8 @@ def render(report):
     if bad:
         parts.append("<h2>What is off, first stages first</h2>")
     for row in bad:
-        parts.append(
-            f"<h3 id='{row.case}-{row.tensor}-{row.dtype}'>{row.case}: {row.tensor}, {row.stage}</h3>"
-        )
+        what = row.case if row.raised else f"{row.case}: {row.tensor}, {row.stage}"
+        parts.append(f"<h3 id='{row.case}-{row.tensor}-{row.dtype}'>{what}</h3>")
         parts.append(f"<p>{html.escape(str(row))}</p>")
         if row in shown:
             parts.append(f"<img alt='error of {row.tensor}' src='data:image/png;base64,{_picture(row)}'>")

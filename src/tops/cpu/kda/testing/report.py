@@ -31,6 +31,8 @@ class Row(NamedTuple):
 
     def __str__(self):
         """The row in words, one line."""
+        if self.raised:
+            return f"{self.case}: {self.note}"
         text = f"{self.case}: {self.tensor} ({self.stage}) "
         if self.note:
             return text + self.note
