@@ -58,8 +58,11 @@ def _product_of_jvp(primals, tangents):
 def _scale_half(x, which, factor):
     """x [..., X, K] in n blocks, the first (0) or second (1) half of each times factor [..., n, K]."""
     pairs = x.reshape(*factor.shape[:-1], 2, -1, x.shape[-1])
-    half = jnp.arange(2)[:, None, None]
-    return (pairs * jnp.where(half == which, factor[..., None, None, :], 1)).reshape(x.shape)
+    factor = factor[..., None, None, :]
+    # XLA drops the 0. It keeps the mask in the scan over chunks: split for a gradient, the scan would else
+    # make it once, at full size, and read it at every chunk.
+    half = jnp.arange(2)[:, None, None] + 0 * factor.astype(jnp.int32)
+    return jnp.where(half == which, pairs * factor, pairs).reshape(x.shape)
 
 
 @_scale_half.defjvp
@@ -70,8 +73,12 @@ def _scale_half_jvp(which, primals, tangents):
     scaled = half * spread_by_product(dfactor[..., None, :], -2, half.shape[-2])
     both = (scaled, jnp.zeros_like(scaled))
     scaled = jnp.concatenate(both if which == 0 else both[::-1], axis=-2).reshape(x.shape)
-    # Behind the barrier the gradient of a level is made once, not anew for every level before it.
-    return _scale_half(x, which, factor), lax.optimization_barrier(_scale_half(dx, which, factor) + scaled)
+    dx = _scale_half(dx, which, factor) + scaled
+    # Behind a barrier the gradient of a level is made once, not anew for every level before it. One level of
+    # three has it: to make a gradient anew for two costs less than to write it and read it again.
+    if factor.shape[-2].bit_length() % 3 == 2:
+        dx = lax.optimization_barrier(dx)
+    return _scale_half(x, which, factor), dx
 
 
 def from_cumsum(gk, use_exp2):
