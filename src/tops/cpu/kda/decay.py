@@ -59,10 +59,11 @@ def _scale_half(x, which, factor):
     """x [..., X, K] in n blocks, the first (0) or second (1) half of each times factor [..., n, K]."""
     pairs = x.reshape(*factor.shape[:-1], 2, -1, x.shape[-1])
     factor = factor[..., None, None, :]
-    # XLA drops the 0. It keeps the mask in the scan over chunks: split for a gradient, the scan would else
-    # make it once, at full size, and read it at every chunk.
-    half = jnp.arange(2)[:, None, None] + 0 * factor.astype(jnp.int32)
-    return jnp.where(half == which, pairs * factor, pairs).reshape(x.shape)
+    # XLA drops the zeros. They keep mask and ones in the scan over chunks, which, split for a gradient, would
+    # else make them once, at full size, and read them at every chunk.
+    zeros = 0 * factor.astype(jnp.int32)
+    half, ones = jnp.arange(2)[:, None, None] + zeros, (1 + zeros).astype(factor.dtype)
+    return (pairs * jnp.where(half == which, factor, ones)).reshape(x.shape)
 
 
 @_scale_half.defjvp
