@@ -396,16 +396,19 @@ def pytest_kda(directory, *options):
     [
         ("tops.cpu.kda:chunk_kda", 0, "PASSED", "PASSED"),
         ("candidate:wrong", 1, "FAILED", "PASSED"),
-        ("candidate:declines", 0, "SKIPPED", "SKIPPED"),
+        ("candidate:declines_one_token", 0, "SKIPPED", "SKIPPED"),
+        ("candidate:declines", 1, "FAILED", "FAILED"),
     ],
 )
 def test_pytest_runs_one_test_a_case_and_tensor(impl, failed, o, final_state, tmp_path):
     (tmp_path / "candidate.py").write_text(
         "from tops.cpu.kda import chunk_kda\n\n\ndef wrong(**inputs):\n"
         "    o, final_state = chunk_kda(**inputs)\n    return o.at[0, -1].set(0), final_state\n\n\n"
-        "def declines(**inputs):\n    raise NotImplementedError\n"
+        "def declines(**inputs):\n    raise NotImplementedError\n\n\n"
+        "def declines_one_token(**inputs):\n"
+        "    return chunk_kda(**inputs) if inputs['q'].shape[1] > 1 else declines()\n"
     )
-    run = pytest_kda(tmp_path, "--kda-impl", impl, "--kda-case", "one_token")
+    run = pytest_kda(tmp_path, "--kda-impl", impl, "--kda-case", "one_token,dense")
     assert run.returncode == failed, run.stdout + run.stderr
     assert re.findall(r"test_kda\[one_token-(\w+)\] (\w+)", run.stdout)[:2] == [
         ("final_state", final_state),

@@ -77,7 +77,7 @@ def _scale_half_jvp(which, primals, tangents):
     dx = _scale_half(dx, which, factor) + scaled
     # Behind a barrier the gradient of a level is made once, not anew for every level before it. One level of
     # three has it: to make a gradient anew for two costs less than to write it and read it again.
-    if factor.shape[-2].bit_length() % 3 == 2:
+    if factor.shape[-2] in (2, 16):
         dx = lax.optimization_barrier(dx)
     return _scale_half(x, which, factor), dx
 
