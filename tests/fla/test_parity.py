@@ -95,7 +95,14 @@ def assert_near(fields, ulps):
         if theirs.dtype == np.float32:
             assert distance(ours, theirs) <= 5e-6 * distance(theirs, 0), name
         else:
-            assert np.mean(np.abs(ordinal(ours) - ordinal(theirs)) <= ulps) >= 0.999, name
+            theirs, ours = (ordinal(without_underflow(x)) for x in (theirs, ours))
+            assert np.mean(np.abs(ours - theirs) <= ulps) >= 0.999, name
+
+
+def without_underflow(x):
+    """Zero for what lies below float32's normal numbers: XLA flushes it on a CPU, compiled kernels need not,
+    and in bfloat16 it is up to 127 ulp."""
+    return np.where(np.abs(x.astype(np.float32)) < np.finfo(np.float32).tiny, np.zeros_like(x), x)
 
 
 def distance(x, y):

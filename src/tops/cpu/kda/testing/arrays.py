@@ -18,8 +18,8 @@ def to_torch(x):  # pragma: no cover, torch: tests/fla/test_kit.py
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if x.dtype == jnp.bfloat16:
-        return torch.tensor(x.astype(np.float32), device=device).bfloat16()
+    if x.dtype == jnp.bfloat16:  # as bits: to widen a NaN and round it again may warn, and change it
+        return torch.tensor(x.view(np.int16), device=device).view(torch.bfloat16)
     return torch.tensor(x, device=device)
 
 
@@ -31,5 +31,7 @@ def to_numpy(x):
 
 
 def from_torch(x):  # pragma: no cover, torch: tests/fla/test_kit.py
+    import torch
+
     x = x.detach().cpu()
-    return x.float().numpy().astype(jnp.bfloat16) if str(x.dtype) == "torch.bfloat16" else x.numpy()
+    return x.view(torch.int16).numpy().view(jnp.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
