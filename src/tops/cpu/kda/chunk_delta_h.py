@@ -8,7 +8,7 @@ from jax import lax
 
 from . import checks, chunking
 from .decay import from_cumsum
-from .dot import dot, merge_channels, storage, transposed
+from .dot import alone, dot, merge_channels, spread, storage
 
 
 def delta_h(S, w, u, kg, decay, store):
@@ -25,14 +25,13 @@ def delta_h(S, w, u, kg, decay, store):
 
 def next_state(S, kg, v_new, decay):
     """D(C<-0) S + kg^T v_new, the state that leaves the chunk; kg [..., P, C, K/P], channels in parts."""
-    return decay[..., None] * S + _update(kg, v_new)
+    return spread(decay[..., None], -1, S.shape[-1]) * S + _update(kg, v_new)
 
 
 @jax.custom_jvp
 def _update(kg, v_new):
     """kg^T v_new, kg [..., P, C, K/P]."""
-    kg_t = transposed(lax.optimization_barrier(kg))  # made plainly before: XLA is slow where it fuses the two
-    return dot("...kj,...jv->...kv", kg_t, v_new)
+    return dot("...kj,...jv->...kv", _transposed(kg), v_new)
 
 
 @_update.defjvp
@@ -41,6 +40,12 @@ def _update_jvp(primals, tangents):
     (kg, v_new), (dkg, dv_new) = primals, tangents
     update = partial(dot, "...jk,...jv->...kv")
     return _update(kg, v_new), update(merge_channels(dkg), v_new) + update(merge_channels(kg), dv_new)
+
+
+@alone
+def _transposed(kg):
+    """[..., K, C], as a copy: see `dot.transposed`."""
+    return jnp.swapaxes(kg, -1, -2).reshape(*kg.shape[:-3], -1, kg.shape[-2])
 
 
 def chunk_gated_delta_rule_fwd_h(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dot import pick, spread_by_product
+from .dot import once, pick, spread_by_product
 
 
 def halves(x, n):
@@ -75,10 +75,10 @@ def _scale_half_jvp(which, primals, tangents):
     both = (scaled, jnp.zeros_like(scaled))
     scaled = jnp.concatenate(both if which == 0 else both[::-1], axis=-2).reshape(x.shape)
     dx = _scale_half(dx, which, factor) + scaled
-    # Behind a barrier the gradient of a level is made once, not anew for every level before it. One level of
-    # three has it: to make a gradient anew for two costs less than to write it and read it again.
+    # The gradient of a level would be made anew for every level before it. At one level of three it is made
+    # once: to make it anew for two costs less than to write it and read it again.
     if factor.shape[-2] in (2, 16):
-        dx = lax.optimization_barrier(dx)
+        dx = once(dx)
     return _scale_half(x, which, factor), dx
 
 

@@ -8,8 +8,22 @@ import re
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 PARTS = 2  # a sum over the channels of a head is taken in two halves: a shorter sum rounds less
+
+
+def alone(f):
+    """`f`, which XLA compiles by itself on a CPU: it fuses nothing of it with what stands around, and makes
+    it once. A barrier does less: before JAX 0.11 none is left when XLA fuses. The backends of other platforms
+    are not asked to take a call."""
+    call = jax.jit(f)
+
+    def on_cpu(*args):
+        with set_xla_metadata(inlineable="false"):
+            return call(*args)
+
+    return functools.wraps(f)(lambda *args: lax.platform_dependent(*args, cpu=on_cpu, default=f))
 
 
 def dot(subscripts, x, y):
@@ -45,11 +59,9 @@ def _product_jvp(subscripts, primals, tangents):
     (x, y), (dx, dy) = primals, tangents
     x_axes, y_axes, out = re.split(",|->", subscripts)
     if y_axes[-1] == out[-1]:
-        x_t = transposed(split_channels(lax.optimization_barrier(x), PARTS))
-        dy = _product(f"{_swap(x_axes)},{y_axes}->{out}", x_t, dy)
+        dy = _product(f"{_swap(x_axes)},{y_axes}->{out}", transposed(x), dy)
     else:
-        dy = _product(f"{y_axes},{x_axes}->{_swap(out)}", dy, x)
-        dy = jnp.swapaxes(lax.optimization_barrier(dy), -1, -2)
+        dy = transposed(_product(f"{y_axes},{x_axes}->{_swap(out)}", dy, x))
     return _product(subscripts, x, y), _product(subscripts, dx, y) + dy
 
 
@@ -69,11 +81,17 @@ def merge_channels(x):
     return x.reshape(*x.shape[:-2], -1)
 
 
+@alone
 def transposed(x):
-    """The transpose [..., K, X] of x [..., P, X, K/P], as a copy: XLA runs a product of a transposed left
-    operand on one core, and makes two copies of an x whose channels are not in parts."""
-    x_t = jnp.swapaxes(x, -1, -2)
-    return lax.optimization_barrier(x_t.reshape(*x.shape[:-3], -1, x.shape[-2]))
+    """The transpose of x [..., X, K], as a copy: XLA runs a product of a transposed left operand on one core,
+    and is slow where it fuses the copy with what makes x."""
+    return jnp.swapaxes(x, -1, -2)
+
+
+@alone
+def once(x):
+    """x itself: what makes it is not made anew for everything that reads it."""
+    return x
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
