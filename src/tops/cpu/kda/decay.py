@@ -77,7 +77,7 @@ def _scale_half_jvp(which, primals, tangents):
     dx = _scale_half(dx, which, factor) + scaled
     # The gradient of a level would be made anew for every level before it. At one level of three it is made
     # once: to make it anew for two costs less than to write it and read it again.
-    if factor.shape[-2] in (2, 16):
+    if factor.shape[-2] in (4, 32):
         dx = once(dx)
     return _scale_half(x, which, factor), dx
 
