@@ -68,7 +68,7 @@ def intra(q, k, a, beta, parts=PARTS):
         rows, cols, total = double(rows, cols, total)
         s *= 2
     of_k = pick(inside.reshape(*lead, C // BLOCK, BLOCK, -1, BLOCK), -2, x.shape[-2] - 1)
-    L = beta.reshape(*lead, C // BLOCK, BLOCK, 1) * of_k
+    L = spread(beta.reshape(*lead, C // BLOCK, BLOCK, 1), -1, BLOCK) * of_k
     return Intra(inside, below, L, invert(L), rows, cols, merge_channels(total)[..., 0, :])
 
 
