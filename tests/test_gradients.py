@@ -4,6 +4,7 @@ The judge is `naive_recurrent_kda` with activations written here; finite differe
 autodiff, judge the judge. A gradient is a vjp: one cotangent for o and one for the final state.
 """
 
+import re
 from functools import partial
 
 import jax
@@ -300,3 +301,17 @@ def test_memory_does_not_hold_the_chunks():
     loss = jax.jit(jax.grad(lambda x: jnp.sum(chunk_kda(**x, cu_seqlens=cu_seqlens)[0] ** 2)))
     temporaries = loss.lower(arguments).compile().memory_analysis().temp_size_in_bytes
     assert temporaries <= states + 8 * o, (temporaries, states, o)
+
+
+def test_no_chunk_copies_the_states_of_a_pack():
+    """XLA updates the states and their gradient in place: all of them it copies outside the scans alone."""
+    arguments, options, cotangents = case(packed=True, dtype=np.float32)
+    compiled = vjp.lower(chunk_kda, arguments, cotangents, (), options).compile().as_text()
+    N = len(CU_SEQLENS) - 1
+    copies, computation = [], None
+    for line in compiled.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            computation = line.split()[0]
+        elif re.search(rf"= f32\[{N},{H},{K},{V}\]\S* copy\(", line):
+            copies.append(computation)
+    assert set(copies) <= {"ENTRY"}, copies

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .dot import once
+
 
 class Chunks(NamedTuple):
     """Where each chunk lies, int32 [NT] each. A length of 0 marks a chunk that no sequence needs."""
@@ -194,7 +196,7 @@ def write_state(states, S, n, packed):
 # what was read before no longer hangs on the old states.
 @jax.custom_jvp
 def _read(states, n):
-    return lax.optimization_barrier(lax.dynamic_slice_in_dim(states, n, 1))
+    return once(lax.dynamic_slice_in_dim(states, n, 1))
 
 
 @_read.defjvp
@@ -209,10 +211,10 @@ def _write(states, S, n):
 
 @_write.defjvp
 def _write_jvp(primals, tangents):
-    # Transposed, the barrier has the gradient of S read before its place among the states is zeroed.
+    # Transposed, `once` has the gradient of S read before its place among the states is zeroed.
     states, S, n = primals
     d_states, d_S, _ = tangents
-    d_states, d_S = lax.optimization_barrier((_write(d_states, jnp.zeros_like(S), n), d_S))
+    d_states, d_S = once((_write(d_states, jnp.zeros_like(S), n), d_S))
     return _write(*primals), d_states + _write(jnp.zeros_like(states), d_S, n)
 
 

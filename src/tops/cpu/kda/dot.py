@@ -16,14 +16,17 @@ PARTS = 2  # a sum over the channels of a head is taken in two halves: a shorter
 def alone(f):
     """`f`, which XLA compiles by itself on a CPU: it fuses nothing of it with what stands around, and makes
     it once. A barrier does less: before JAX 0.11 none is left when XLA fuses. The backends of other platforms
-    are not asked to take a call."""
+    are not asked to take a call; there it is a barrier."""
     call = jax.jit(f)
 
     def on_cpu(*args):
         with set_xla_metadata(inlineable="false"):
             return call(*args)
 
-    return functools.wraps(f)(lambda *args: lax.platform_dependent(*args, cpu=on_cpu, default=f))
+    def elsewhere(*args):
+        return lax.optimization_barrier(f(*args))
+
+    return functools.wraps(f)(lambda *args: lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere))
 
 
 def dot(subscripts, x, y):
@@ -90,7 +93,7 @@ def transposed(x):
 
 @alone
 def once(x):
-    """x itself: what makes it is not made anew for everything that reads it."""
+    """x itself, an array or a tuple of them: what makes it is not made anew for everything that reads it."""
     return x
 
 
