@@ -20,6 +20,7 @@ ORDER = [
     "checks",
     "packing",
     "properties",
+    "as_read",
     "gradients",
     "accuracy",
     "determinism",
@@ -66,7 +67,7 @@ MUTANTS = [
     ("chunking.py", "jnp.arange(rows.shape[1]) < length, rows", "jnp.arange(rows.shape[1]) <= length, rows", "a row of the next sequence in a chunk"),
     ("chunking.py", "inside = _over_rows((index >= 0) & (index < length), x)", "inside = _over_rows(index >= 0, x)", "a chunk's unused rows overwrite what follows"),
     ("chunking.py", "jnp.take(rows, jnp.arange(C) + (start - begin)", "jnp.take(rows, jnp.arange(C)", "the last chunk is not moved up"),
-    ("chunking.py", "optimization_barrier(lax.dynamic_slice_in_dim(states, n, 1))", "optimization_barrier(lax.dynamic_slice_in_dim(states, 0, 1))", "every sequence starts from the first state"),
+    ("chunking.py", "once(lax.dynamic_slice_in_dim(states, n, 1))", "once(lax.dynamic_slice_in_dim(states, 0, 1))", "every sequence starts from the first state"),
     ("chunking.py", "(_write(d_states, jnp.zeros_like(S), n), d_S)", "(d_states, d_S)", "a gradient to the state that a chunk replaced"),
     ("chunking.py", 'jnp.searchsorted(offsets, index, side="right")', 'jnp.searchsorted(offsets, index, side="left")', "a chunk belongs to the sequence before"),
     ("chunking.py", "counts = -(-prepare_lens(cu_seqlens) // chunk_size)", "counts = prepare_lens(cu_seqlens) // chunk_size + 1", "a chunk too many for whole lengths, one for an empty sequence"),
@@ -89,6 +90,7 @@ MUTANTS = [
     ("checks.py", "np.flatnonzero(np.diff(x) < 0)", "np.flatnonzero(np.diff(x) < -9)", "a small decrease passes"),
     ("checks.py", 'INTEGERS = ("int32", "int64")', 'INTEGERS = ("int32", "int64", "uint32")', "unsigned cu_seqlens"),
     ("checks.py", "last <= T", "last <= T + 1", "cu_seqlens past T"),
+    ("as_read.py", "strict=True) if is_read]\n        outvars", "strict=True)]\n        outvars", "q in the pass that makes a gradient's states"),
     ("dot.py", "x.astype(dtype).astype(x.dtype)", "x", "an intermediate is not rounded to storage_dtype"),
 ]  # fmt: skip
 

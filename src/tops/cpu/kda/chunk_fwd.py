@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import checks, chunking
+from .as_read import as_read
 from .chunk_delta_h import delta_h, next_state
 from .chunk_intra import intra, triangles
 from .chunk_o import combine_o
@@ -184,8 +185,8 @@ def scan_chunks(
         if activations.gate:  # an activated gate is not 0 where there is no token
             g = chunking.keep_rows(g, length)
         heads = (chunking.split_heads(x, HV) for x in (q, k, v, g, beta))
-        S, made = one_chunk(S, *heads, scale, storage_dtype, tuple(buffers))
-        made = {field: chunking.merge_heads(made[field]) for field in buffers if field != "g"}
+        S, made = one_chunk(S, *heads, scale, storage_dtype, tuple(x for x in buffers if x != "g"))
+        made = {field: chunking.merge_heads(x) for field, x in made.items()}
         if "g" in buffers:
             made["g"] = cumsum(RCP_LN2 * g, axis=1)
         return S, made
@@ -230,11 +231,19 @@ def one_chunk(S, q, k, v, g, beta, scale, storage_dtype, fields):
     return _stages(S, q, k, v, g, beta, scale, storage_dtype, fields, PARTS)
 
 
+@as_read
+def _one_chunk_as_read(S, *arrays, scale, fields):
+    return one_chunk(S, *arrays, scale, None, fields)
+
+
 @one_chunk.defjvp
 def _one_chunk_jvp(scale, storage_dtype, fields, primals, tangents):
-    """A gradient, which recomputes the chunk, sums over channels in one part: two cost it 6 % of its time."""
+    """A gradient, which recomputes the chunk, sums over channels in one part: two cost it 6 % of its time.
+    Where it asks for no o, what makes its states is the state pass alone, but that knows no rounding."""
     stages = partial(_stages, scale=scale, storage_dtype=storage_dtype, fields=fields, parts=1)
     _, made = jax.jvp(stages, primals, tangents)
+    if storage_dtype is None:
+        return _one_chunk_as_read(*primals, scale=scale, fields=fields), made
     return one_chunk(*primals, scale, storage_dtype, fields), made
 
 
@@ -264,7 +273,8 @@ def _stages(S, q, k, v, g, beta, scale, storage_dtype, fields, parts):
     else:
         v_new, S_next = delta_h(S, made["w"], made["u"], made["kg"], chunk.decay, store)
         o = combine_o(S, made["qg"], made["Aqk"], v_new, scale, store)
-    return S_next, made | dict(o=o, v_new=v_new)
+    made |= dict(o=o, v_new=v_new)
+    return S_next, {field: made[field] for field in fields}
 
 
 def _pass_on(S, chunk, v, beta):
