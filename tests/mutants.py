@@ -37,7 +37,7 @@ MUTANTS = [
     ("chunk_fwd.py", "cumsum(RCP_LN2 * g, axis=1)", "cumsum(g, axis=1)", "g in nats, not log2"),
     ("chunk_fwd.py", 'made["h"][:, :NT]', 'made["h"]', "h as long as the bound"),
     ("chunk_intra.py", "rows = x * spread(a[..., None, :], -2, x.shape[-2])", "rows = x", "the first token's decay left out: an exclusive range"),
-    ("chunk_intra.py", "diagonal = [qk, *diagonal]", "diagonal = [jnp.zeros_like(qk), *diagonal]", "Aqk without its diagonal"),
+    ("chunk_intra.py", "diagonal = [inner(q, k), *diagonal]", "diagonal = [jnp.zeros_like(beta), *diagonal]", "Aqk without its diagonal"),
     ("chunk_intra.py", "Aqk = scale * scores[..., 0, 0::2, :]", "Aqk = scores[..., 0, 0::2, :]", "Aqk without scale"),
     ("chunk_intra.py", "Aqk = scale * scores[..., 0, 0::2, :]", "Aqk = scale * scores[..., 0, 1::2, :]", "Aqk of k instead of q"),
     ("solve.py", "row = row - columns[i, j] * rows[j]", "row = row + columns[i, j] * rows[j]", "the sign of the substitution inside a block"),

@@ -9,7 +9,7 @@ from jax import lax
 
 from . import checks, chunking
 from .decay import double, halves, of_tokens
-from .dot import PARTS, dot, merge_channels, pick, split_channels, spread, storage, sum_parts
+from .dot import PARTS, dot, inner, merge_channels, pick, split_channels, spread, storage, sum_parts
 from .solve import invert, solve
 from .wy_fast import recompute_w_u
 
@@ -48,9 +48,7 @@ def intra(q, k, a, beta, parts=PARTS):
     x = jnp.stack([k] if q is None else [q, k], axis=-2)
     diagonal = [jnp.zeros_like(k[..., 0])]  # k's
     if q is not None:
-        # XLA's sum is slow, and so are products in a batch.
-        qk = jnp.einsum("...k,k->...", q * k, jnp.ones(K, k.dtype), precision=lax.Precision.HIGHEST)
-        diagonal = [qk, *diagonal]
+        diagonal = [inner(q, k), *diagonal]
     rows = x * spread(a[..., None, :], -2, x.shape[-2])
     rows = split_channels(rows.reshape(*lead, -1, K), parts)
     rows = lax.optimization_barrier(rows)  # made once, not anew at every level
@@ -60,7 +58,10 @@ def intra(q, k, a, beta, parts=PARTS):
     s = 1
     while s < C:
         n = C // (2 * s)
-        scores = sum_parts(dot("...ik,...jk->...ij", halves(rows, n)[1], halves(cols, n)[0]), -4)
+        x_2, k_1 = halves(rows, n)[1], halves(cols, n)[0]
+        single = x_2.shape[-2] == 1
+        scores = inner(x_2, k_1)[..., None] if single else dot("...ik,...jk->...ij", x_2, k_1)
+        scores = sum_parts(scores, -4)
         if s < BLOCK:
             inside = _set_below(inside, scores)
         else:

@@ -72,6 +72,13 @@ def _swap(axes):
     return axes[:-2] + axes[-1] + axes[-2]
 
 
+def inner(x, y):
+    """sum_k x_k y_k over the last axis, as a product with ones: XLA's sum is slow, and so are products of
+    single rows in a batch."""
+    ones = jnp.ones(x.shape[-1], x.dtype)
+    return jnp.einsum("...k,k->...", x * y, ones, precision=lax.Precision.HIGHEST)
+
+
 def split_channels(x, parts):
     """x [..., X, K] with its channels in P parts, [..., P, X, K/P]; P is 1 for an odd K."""
     P = math.gcd(parts, x.shape[-1])
