@@ -30,7 +30,8 @@ def as_read(f):
     def jvp(primals, tangents, **static):
         return jax.jvp(partial(flat, **static), primals, tuple(ad.instantiate_zeros(x) for x in tangents))
 
-    def drop_unread(read, eqn):
+    def drop_unread(read, *rest):
+        *_, eqn = rest  # from JAX 0.12 on, behind what else is live
         if not any(read):
             return [False] * len(eqn.invars), None
         fields = [field for field, is_read in zip(eqn.params["fields"], read[1:], strict=True) if is_read]
