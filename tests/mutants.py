@@ -90,7 +90,8 @@ MUTANTS = [
     ("checks.py", "np.flatnonzero(np.diff(x) < 0)", "np.flatnonzero(np.diff(x) < -9)", "a small decrease passes"),
     ("checks.py", 'INTEGERS = ("int32", "int64")', 'INTEGERS = ("int32", "int64", "uint32")', "unsigned cu_seqlens"),
     ("checks.py", "last <= T", "last <= T + 1", "cu_seqlens past T"),
-    ("as_read.py", "strict=True) if is_read]\n        outvars", "strict=True)]\n        outvars", "q in the pass that makes a gradient's states"),
+    ("chunk_fwd.py", "if storage_dtype is None:\n        return _one_chunk_as_read", "if False:\n        return _one_chunk_as_read", "q in the pass that makes a gradient's states"),
+    ("chunk_fwd.py", "return one_chunk(*primals, scale, storage_dtype, fields), made", "return _one_chunk_as_read(*primals, scale=scale, fields=fields), made", "states that are not rounded, of a gradient that is"),
     ("dot.py", "x.astype(dtype).astype(x.dtype)", "x", "an intermediate is not rounded to storage_dtype"),
 ]  # fmt: skip
 

@@ -182,6 +182,23 @@ def test_second_order():
         assert error <= 1e-13, name
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gradient_of_a_tangent(packed):
+    """It is the tangent of the gradient, both in float64."""
+    arguments, options, (d_o, d_state) = case(packed=packed)
+    rng = np.random.default_rng(5)
+    tangents = {name: rng.standard_normal(x.shape) for name, x in arguments.items()}
+
+    def loss(arguments):
+        o, final_state = chunk_kda(**arguments, output_final_state=True, **options)
+        return jnp.sum(jnp.sin(o) * d_o) + jnp.sum(jnp.sin(final_state) * d_state)
+
+    made = jax.jit(jax.grad(lambda x: jax.jvp(loss, (x,), (tangents,))[1]))(arguments)
+    truth = jax.jit(lambda x: jax.jvp(jax.grad(loss), (x,), (tangents,))[1])(arguments)
+    for name, error in errors(made, truth).items():
+        assert error <= 1e-13, name
+
+
 def test_every_field_of_chunk_kda_fwd():
     """The gradient through o and the final state is `chunk_kda`'s; through the others it is finite, and
     the derivative along a direction that forward mode gives."""

@@ -1,4 +1,4 @@
-"""What nobody reads is not computed, also where XLA does not help: half of an operation."""
+"""Half of an operation that nobody reads, which XLA would compute, is not computed."""
 
 from functools import partial
 
@@ -11,7 +11,8 @@ def as_read(f):
     """`f(*arrays, fields=, **static) -> (array, {field: array})`, traced anew for the fields that are read.
 
     Which are read is known once the program is whole: a primitive leaves that to JAX's elimination of dead
-    code. Its other rules are those of `f`.
+    code, by a rule of a kind that JAX does not document. Its other rules are those of `f`: under `vmap` it is
+    `f`, nothing dropped.
     """
     primitive = Primitive(f.__name__)
     primitive.multiple_results = True

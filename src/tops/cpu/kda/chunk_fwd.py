@@ -239,7 +239,7 @@ def _one_chunk_as_read(S, *arrays, scale, fields):
 @one_chunk.defjvp
 def _one_chunk_jvp(scale, storage_dtype, fields, primals, tangents):
     """A gradient, which recomputes the chunk, sums over channels in one part: two cost it 6 % of its time.
-    Where it asks for no o, what makes its states is the state pass alone, but that knows no rounding."""
+    Where it asks for no o, the state pass alone makes its states, but not those of rounded w and u."""
     stages = partial(_stages, scale=scale, storage_dtype=storage_dtype, fields=fields, parts=1)
     _, made = jax.jvp(stages, primals, tangents)
     if storage_dtype is None:

@@ -59,7 +59,7 @@ def intra(q, k, a, beta, parts=PARTS):
     while s < C:
         n = C // (2 * s)
         x_2, k_1 = halves(rows, n)[1], halves(cols, n)[0]
-        single = x_2.shape[-2] == 1
+        single = q is None and s == 1
         scores = inner(x_2, k_1)[..., None] if single else dot("...ik,...jk->...ij", x_2, k_1)
         scores = sum_parts(scores, -4)
         if s < BLOCK:

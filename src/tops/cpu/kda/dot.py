@@ -16,17 +16,14 @@ PARTS = 2  # a sum over the channels of a head is taken in two halves: a shorter
 def alone(f):
     """`f`, which XLA compiles by itself on a CPU: it fuses nothing of it with what stands around, and makes
     it once. A barrier does less: before JAX 0.11 none is left when XLA fuses. The backends of other platforms
-    are not asked to take a call; there it is a barrier."""
+    are not asked to take a call."""
     call = jax.jit(f)
 
     def on_cpu(*args):
         with set_xla_metadata(inlineable="false"):
             return call(*args)
 
-    def elsewhere(*args):
-        return lax.optimization_barrier(f(*args))
-
-    return functools.wraps(f)(lambda *args: lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere))
+    return functools.wraps(f)(lambda *args: lax.platform_dependent(*args, cpu=on_cpu, default=f))
 
 
 def dot(subscripts, x, y):
