@@ -66,9 +66,11 @@ def test_a_gradient_passes_the_state_on_without_q(packed, storage_dtype, monkeyp
     intra = chunk_fwd.intra
     monkeypatch.setattr(chunk_fwd, "intra", lambda q, *rest: passes.append(q is not None) or intra(q, *rest))
 
+    def op(arguments):
+        return chunk_kda(**arguments, output_final_state=True, **options)
+
     def gradient(*, beside):
         def f(arguments):
-            op = lambda arguments: chunk_kda(**arguments, output_final_state=True, **options)  # noqa: E731
             results, pull = jax.vjp(op, arguments)
             return pull(cotangents)[0], results if beside else None
 
@@ -83,6 +85,6 @@ def test_a_gradient_passes_the_state_on_without_q(packed, storage_dtype, monkeyp
     assert (with_o, without_o) == (([True], [False]) if storage_dtype is None else ([], []))
     for name, x in alone.items():
         np.testing.assert_allclose(x, beside[name], rtol=0, atol=1e-13 * jnp.abs(x).max(), err_msg=name)
-    plain = chunk_kda(**arguments, output_final_state=True, **options)
+    plain = op(arguments)
     np.testing.assert_array_equal(o, plain[0])
     np.testing.assert_array_equal(final_state, plain[1])
