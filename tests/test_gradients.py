@@ -15,7 +15,7 @@ from inputs import REGIMES, draw
 from jax.test_util import check_grads
 from oracle import relative_error
 
-from tops.cpu.kda import chunk_kda, chunk_kda_fwd, naive_recurrent_kda
+from tops.cpu.kda import chunk_kda, chunk_kda_fwd, chunking, naive_recurrent_kda
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 T, H, K, V = 150, 2, 16, 24
@@ -332,3 +332,20 @@ def test_no_chunk_copies_the_states_of_a_pack():
         elif re.search(rf"= f32\[{N},{H},{K},{V}\]\S* copy\(", line):
             copies.append(computation)
     assert set(copies) <= {"ENTRY"}, copies
+
+
+@pytest.mark.parametrize("start, length", [(0, 16), (5, 9), (27, 13), (40, 0)])
+def test_the_gradient_of_a_chunk_lies_where_it_was_cut(start, length):
+    """Also of one that reaches past the end, and with no scatter: XLA adds its rows one after the other."""
+    T, C = 40, 16
+    rows = np.arange(1.0, C + 1, dtype=np.float32).reshape(1, C, 1)
+
+    @jax.jit
+    def pull(rows, start, length):
+        x = jnp.zeros((1, T, 1), rows.dtype)
+        return jax.vjp(lambda x: chunking.cut(x, start, length, C), x)[1](rows)[0]
+
+    expected = np.zeros((1, T, 1), np.float32)
+    expected[:, start : start + length] = rows[:, :length]
+    np.testing.assert_array_equal(pull(rows, start, length), expected)
+    assert "scatter" not in pull.lower(rows, start, length).as_text()
