@@ -110,24 +110,22 @@ def cut(x, start, length, C):
     rows = _slice(x, begin, C)
     if length is None:
         return rows
-    return keep_rows(_move(rows, start - begin), length)
+    return keep_rows(_move_up(rows, start - begin), length)
 
 
 @jax.custom_jvp
-def _move(rows, by):
-    """Row i of rows [B, C, ...] becomes their row i + by; what lies outside is for nobody to read."""
+def _move_up(rows, by):
+    """rows [B, C, ...] without the first `by`; what stands behind the others is for nobody to read."""
     return jnp.take(rows, jnp.arange(rows.shape[1]) + by, axis=1, mode="clip")
 
 
-@_move.defjvp
-def _move_jvp(primals, tangents):
+@_move_up.defjvp
+def _move_up_jvp(primals, tangents):
     # The gradient of a slice is a slice; that of `take` is a scatter, row after row. `once`: XLA would make
     # the chunk's gradient anew for it.
     (rows, by), (drows, _) = primals, tangents
-    C = rows.shape[1]
-    outside = jnp.zeros_like(drows)
-    drows = jnp.concatenate([outside, drows, outside], axis=1)
-    return _move(rows, by), once(lax.dynamic_slice_in_dim(drows, C + by, C, axis=1))
+    drows = jnp.concatenate([drows, jnp.zeros_like(drows)], axis=1)
+    return _move_up(rows, by), once(lax.dynamic_slice_in_dim(drows, by, rows.shape[1], axis=1))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -163,7 +161,7 @@ def put(x, rows, start, length):
     index = jnp.arange(C) - (start - begin)
     inside = _over_rows((index >= 0) & (index < length), x)
     old = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
-    rows = jnp.where(inside, _move(rows, begin - start), old)
+    rows = jnp.where(inside, jnp.take(rows, index, axis=1, mode="clip"), old)
     return lax.dynamic_update_slice_in_dim(x, rows, begin, axis=1)
 
 
