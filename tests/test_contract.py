@@ -206,8 +206,16 @@ def test_chunk_local_cumsum(ndim, reverse):
             rows = slice(first, min(first + 16, end))
             flip = slice(None, None, -1 if reverse else 1)
             expected[:, rows] = 3 * g[:, rows][:, flip].cumsum(axis=1)[:, flip]
-    cumsum = chunk_local_cumsum(g, 16, reverse, 3.0, CU_SEQLENS, np.float64)
-    np.testing.assert_allclose(cumsum, expected, rtol=0, atol=1e-12)
+
+    def sums(g):
+        return chunk_local_cumsum(g, 16, reverse, 3.0, CU_SEQLENS, np.float64)
+
+    # Linear: it is its own tangent, and its gradient the transpose.
+    value, tangent = jax.jvp(sums, (np.ones_like(g),), (g,))
+    np.testing.assert_allclose(sums(g), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(tangent, expected, rtol=0, atol=1e-12)
+    (pulled,) = jax.vjp(sums, g)[1](value)
+    np.testing.assert_allclose(np.vdot(pulled, g), np.vdot(value, expected), rtol=1e-12)
     assert chunk_local_cumsum(g, 16).dtype == np.float32
 
 
