@@ -1,6 +1,5 @@
 """Activations of the raw inputs, and the chunk-local cumulative sum that FLA's contract returns."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -54,33 +53,15 @@ def activate(q, k, g, beta, A_log, dt_bias, activations, store):
     return q, k, g, beta
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def cumsum(g, axis, reverse=False):
     """Cumulative sum, one token after the other.
 
     A scan by doubling would round neighbours apart. What reads the sums takes differences of them, and
     summed in order, a step between neighbours is rounded just once.
     """
-    tokens = jnp.moveaxis(g, axis, 0)
-    n, step = tokens.shape[0], -1 if reverse else 1
-
-    def add(i, sums):
-        i = n - 1 - i if reverse else i
-        total = lax.dynamic_slice_in_dim(sums, i - step, 1) + lax.dynamic_slice_in_dim(sums, i, 1)
-        return lax.dynamic_update_slice_in_dim(sums, total, i, axis=0)
-
-    # In place, in an array of rows: around a scan XLA would copy them to and fro.
-    sums = lax.fori_loop(1, n, add, tokens.reshape(n, -1))
-    return jnp.moveaxis(sums.reshape(tokens.shape), 0, axis)
-
-
-@cumsum.defjvp
-def _cumsum_jvp(axis, reverse, primals, tangents):
-    # By a scan: the gradient of what is summed in place would copy all of it for every token.
-    d_tokens = jnp.moveaxis(*tangents, axis, 0)
-    zeros = jnp.zeros_like(d_tokens[0])
-    _, d_sums = lax.scan(lambda total, x: (total + x,) * 2, zeros, d_tokens, reverse=reverse)
-    return cumsum(*primals, axis, reverse), jnp.moveaxis(d_sums, 0, axis)
+    g = jnp.moveaxis(g, axis, 0)
+    _, sums = lax.scan(lambda total, x: (total + x,) * 2, jnp.zeros_like(g[0]), g, reverse=reverse)
+    return jnp.moveaxis(sums, 0, axis)
 
 
 def kda_gate_fwd(g, A_log=None, dt_bias=None, lower_bound=None, output_dtype=jnp.float32):
