@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_gradients import case
+from test_gradients import LAYOUTS, case
 
 from tops.cpu.kda import chunk_fwd, chunk_kda
 from tops.cpu.kda.as_read import as_read
@@ -56,11 +56,11 @@ def test_each_transformation_is_that_of_the_function():
 
 
 @pytest.mark.parametrize("storage_dtype", [None, jnp.float16])
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_gradient_passes_the_state_on_without_q(packed, storage_dtype, monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_passes_the_state_on_without_q(layout, storage_dtype, monkeypatch):
     """Beside o the same gradient, in float64 to rounding; without it, what makes the states looks at no q.
     Where they are rounded as in FLA's kernels, nothing is traced anew."""
-    arguments, options, cotangents = case(packed=packed)
+    arguments, options, cotangents = case(layout=layout)
     options["storage_dtype"] = storage_dtype
     passes = []
     intra = chunk_fwd.intra

@@ -2,6 +2,9 @@
 
 The judge is `naive_recurrent_kda` with activations written here; finite differences of it, which know no
 autodiff, judge the judge. A gradient is a vjp: one cotangent for o and one for the final state.
+
+What is dense and has whole chunks goes a way of its own (`chunk_bwd`): so each property is shown of three
+layouts, of which the last is such, with states that fill the rows of q and half of those of k, or less.
 """
 
 import re
@@ -18,12 +21,16 @@ from oracle import relative_error
 from tops.cpu.kda import chunk_kda, chunk_kda_fwd, chunking, naive_recurrent_kda
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
-T, H, K, V = 150, 2, 16, 24
+T, H = 150, 2
 CU_SEQLENS = np.array([0, 70, 70, 71, 140], np.int32)  # an empty sequence, one of one token, 10 of padding
+LAYOUTS = ("dense", "packed", "whole")
 
 
-def case(regime="logsigmoid", packed=False, HV=H, dtype=np.float64, T=T, B=1, seed=0):
+def case(regime="logsigmoid", layout="dense", HV=H, dtype=np.float64, T=T, B=1, seed=0):
     """(the arguments to differentiate, the options, the cotangents of o and the final state)."""
+    packed = layout == "packed"
+    K, V = (24, 20) if layout == "whole" else (16, 24)
+    T = T // 64 * 64 if layout == "whole" else T
     inputs = draw(regime, B=B, T=T, H=H, HV=HV, K=K, V=V, dtype=dtype, seed=seed)
     rng = np.random.default_rng(seed + 1)
     N = len(CU_SEQLENS) - 1 if packed else B
@@ -61,11 +68,11 @@ def errors(made, truth):
     return {name: relative_error(made[name], x) for name, x in truth.items() if x.any()}
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_float64(regime, packed):
+def test_float64(regime, layout):
     """The forward's own bounds, which leave two digits to rounding."""
-    arguments, options, cotangents = case(regime, packed)
+    arguments, options, cotangents = case(regime, layout)
     truth = gradient(naive_recurrent_kda, arguments, options, cotangents)
     bound = 1e-11 if regime == "equal_keys" else 1e-13
     for flags in (dict(chunk_size=16), {}):  # 64 by default
@@ -74,10 +81,11 @@ def test_float64(regime, packed):
             assert error <= bound, (name, flags)
 
 
+@pytest.mark.parametrize("layout", ["dense", "whole"])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_float32(regime):
+def test_float32(regime, layout):
     """Within 10 times the error of the float32 recurrence's own gradient."""
-    arguments, options, cotangents = case(regime, dtype=np.float32, T=600)
+    arguments, options, cotangents = case(regime, layout, dtype=np.float32, T=600)
     truth = gradient(naive_recurrent_kda, widened(arguments), options, tuple(map(np.float64, cotangents)))
     recurrent = errors(gradient(naive_recurrent_kda, arguments, options, cotangents), truth)
     chunked = errors(gradient(chunk_kda, arguments, options, cotangents), truth)
@@ -105,13 +113,20 @@ def activated(gate, beta_scale, turned):
 
 
 @pytest.mark.parametrize(
-    ("lower_bound", "neg_eigval", "turned", "packed"), [(None, True, True, True), (-5.0, False, False, False)]
+    ("layout", "G", "lower_bound", "neg_eigval", "turned"),
+    [
+        ("packed", 2, None, True, True),
+        ("dense", 2, -5.0, False, False),
+        ("whole", 1, None, True, True),
+        ("whole", 1, -5.0, False, False),
+    ],
 )
-def test_options(lower_bound, neg_eigval, turned, packed):
+def test_options(layout, G, lower_bound, neg_eigval, turned):
     """Every activation, grouped value heads, states first or last, with respect to A_log and dt_bias too."""
-    arguments, options, cotangents = case(packed=packed, HV=2 * H)
+    arguments, options, cotangents = case(layout=layout, HV=G * H)
+    K = arguments["q"].shape[-1]
     rng = np.random.default_rng(2)
-    arguments |= dict(A_log=0.5 * rng.standard_normal(2 * H), dt_bias=rng.standard_normal(2 * H * K))
+    arguments |= dict(A_log=0.5 * rng.standard_normal(G * H), dt_bias=rng.standard_normal(G * H * K))
     arguments["g"], arguments["beta"] = (rng.standard_normal(arguments[x].shape) for x in ("g", "beta"))
     arguments["k"] = 2 * arguments["k"]
     arguments["k"][:, 5:20] = 0  # zero keys, whose norm has no gradient without its epsilon
@@ -131,7 +146,7 @@ def test_options(lower_bound, neg_eigval, turned, packed):
 def test_the_judge_by_finite_differences():
     """Central differences of the recurrence along random directions. With steps of 1e-5 their own error is
     1e-10 by curvature, and 1e-10 by rounding."""
-    arguments, options, cotangents = case(packed=True)
+    arguments, options, cotangents = case(layout="packed")
     rng = np.random.default_rng(3)
     directions = {name: rng.standard_normal(x.shape) for name, x in arguments.items()}
 
@@ -148,9 +163,10 @@ def test_the_judge_by_finite_differences():
         assert abs((above - below) / 2e-5 - slope) <= 1e-7 * np.linalg.norm(truth[name]), name
 
 
-def test_check_grads_in_both_modes():
+@pytest.mark.parametrize("layout", ["packed", "whole"])
+def test_check_grads_in_both_modes(layout):
     """JAX's own finite differences, with its tolerance for float64."""
-    arguments, options, _ = case(packed=True)
+    arguments, options, _ = case(layout=layout)
 
     def op(arguments):
         return chunk_kda(**arguments, output_final_state=True, chunk_size=16, **options)
@@ -158,12 +174,13 @@ def test_check_grads_in_both_modes():
     check_grads(jax.jit(op), (arguments,), order=1, modes=("fwd", "rev"))
 
 
-def test_second_order():
+@pytest.mark.parametrize(("layout", "T"), [("dense", 40), ("whole", 64)])
+def test_second_order(layout, T):
     """The gradient of a gradient, within the first's bound.
 
     A rule that leaves out what its arguments share would be wrong here.
     """
-    arguments, _, (d_o, d_state) = case(T=40)
+    arguments, _, (d_o, d_state) = case(layout=layout, T=T)
     rng = np.random.default_rng(4)
     directions = {name: rng.standard_normal(x.shape) for name, x in arguments.items()}
 
@@ -182,10 +199,10 @@ def test_second_order():
         assert error <= 1e-13, name
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_gradient_of_a_tangent(packed):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_of_a_tangent(layout):
     """It is the tangent of the gradient, both in float64."""
-    arguments, options, (d_o, d_state) = case(packed=packed)
+    arguments, options, (d_o, d_state) = case(layout=layout)
     rng = np.random.default_rng(5)
     tangents = {name: rng.standard_normal(x.shape) for name, x in arguments.items()}
 
@@ -202,7 +219,7 @@ def test_a_gradient_of_a_tangent(packed):
 def test_every_field_of_chunk_kda_fwd():
     """The gradient through o and the final state is `chunk_kda`'s; through the others it is finite, and
     the derivative along a direction that forward mode gives."""
-    arguments, options, cotangents = case("weak", packed=True)
+    arguments, options, cotangents = case("weak", "packed")
     truth = gradient(chunk_kda, arguments, options, cotangents, chunk_size=16)
 
     def o_and_state(**arguments):
@@ -232,14 +249,19 @@ def test_every_field_of_chunk_kda_fwd():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "flags"),
-    [(np.float64, T, {}), (np.float32, T, dict(use_qk_l2norm_in_kernel=True)), (np.float32, 1, {})],
+    ("layout", "dtype", "length", "flags"),
+    [
+        ("dense", np.float64, T, {}),
+        ("dense", np.float32, T, dict(use_qk_l2norm_in_kernel=True)),
+        ("dense", np.float32, 1, {}),
+        ("whole", np.float32, T, dict(use_qk_l2norm_in_kernel=True)),
+    ],
 )
 @pytest.mark.parametrize("gate", [-1000.0, -np.inf])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_finite_everywhere(beta, gate, dtype, length, flags):
+def test_finite_everywhere(beta, gate, layout, dtype, length, flags):
     """Hard gates, extreme betas, zero keys, one token; and a gate of -inf has gradient 0."""
-    arguments, options, (d_o, d_state) = case(dtype=dtype)
+    arguments, options, (d_o, d_state) = case(layout=layout, dtype=dtype)
     arguments["g"][:, ::3, :, ::2] = gate
     arguments["beta"][:] = beta
     arguments["k"][:, 2::5] = 0
@@ -248,8 +270,19 @@ def test_finite_everywhere(beta, gate, dtype, length, flags):
     assert not made["g"][np.isinf(short["g"])].any()
 
 
-def test_infinite_gates_everywhere():
-    arguments, options, cotangents = case(packed=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_betas(layout):
+    """The gradient with respect to a beta of 0, of which nothing is written, or of next to nothing."""
+    arguments, options, cotangents = case(layout=layout)
+    arguments["beta"][:, ::3], arguments["beta"][:, 1::3] = 0, 1e-300
+    truth = gradient(naive_recurrent_kda, arguments, options, cotangents)
+    for name, error in errors(gradient(chunk_kda, arguments, options, cotangents), truth).items():
+        assert error <= 1e-13, name
+
+
+@pytest.mark.parametrize("layout", ["packed", "whole"])
+def test_infinite_gates_everywhere(layout):
+    arguments, options, cotangents = case(layout=layout)
     arguments["g"][:] = -np.inf
     made = gradient(chunk_kda, arguments, options, cotangents)
     assert not made["g"].any()
@@ -257,7 +290,7 @@ def test_infinite_gates_everywhere():
 
 def test_padding_gets_exactly_zero():
     """Even where it holds NaN, and where NaN is sent back to it."""
-    arguments, options, cotangents = case(packed=True)
+    arguments, options, cotangents = case(layout="packed")
     clean = gradient(chunk_kda, arguments, options, cotangents)
     for x in (*(arguments[name] for name in NAMES[:5]), cotangents[0]):
         x[:, CU_SEQLENS[-1] :] = np.nan
@@ -272,7 +305,7 @@ def test_padding_gets_exactly_zero():
 def test_no_gradient_between_sequences(poisoned):
     """NaN in every argument and cotangent of one sequence: the gradients of the others keep their bits, and
     a cotangent of one sequence alone moves that sequence alone."""
-    arguments, options, cotangents = case(packed=True)
+    arguments, options, cotangents = case(layout="packed")
     span = slice(CU_SEQLENS[poisoned], CU_SEQLENS[poisoned + 1])
     clean = gradient(chunk_kda, arguments, options, cotangents)
     own = jax.tree.map(np.zeros_like, cotangents)
@@ -290,10 +323,11 @@ def test_no_gradient_between_sequences(poisoned):
         assert not np.take(alone[name], rest, axis).any()
 
 
-def test_vmap_of_gradients():
+@pytest.mark.parametrize("layout", ["packed", "whole"])
+def test_vmap_of_gradients(layout):
     """A batch of gradients is the gradients of the batch's members."""
-    first, options, cotangents = case(packed=True)
-    second, _, _ = case(packed=True, seed=5)
+    first, options, cotangents = case(layout=layout)
+    second, _, _ = case(layout=layout, seed=5)
     both = {name: np.stack([first[name], second[name]]) for name in NAMES}
 
     def loss(arguments):
@@ -320,16 +354,35 @@ def test_memory_does_not_hold_the_chunks():
     assert temporaries <= states + 8 * o, (temporaries, states, o)
 
 
+def test_whole_chunks_keep_little_beside_the_gradients():
+    """The states lie where the gradients will. What grows with T are the inverses of the blocks of 16, a quarter
+    of q here; of the rest there are 30 of one chunk's q."""
+    H, K, rows = 2, 64, 16
+
+    def temporaries(T):
+        arguments = dict(zip(NAMES, draw(T=64, H=H, K=K), strict=False))
+        arguments = {
+            name: jax.ShapeDtypeStruct((1, T, *x.shape[2:]), x.dtype) for name, x in arguments.items()
+        }
+        cotangents = jax.ShapeDtypeStruct((1, T, H, K), np.float32), np.ones((1, H, K, K), np.float32)
+        compiled = vjp.lower(chunk_kda, arguments, cotangents, (), {}).compile()
+        return compiled.memory_analysis().temp_size_in_bytes - T * H * rows * 4
+
+    few, many = temporaries(2048), temporaries(4096)
+    assert many - few <= 1e4, (few, many)
+    assert many <= 30 * 64 * H * K * 4, many
+
+
 def test_no_chunk_copies_the_states_of_a_pack():
     """XLA updates the states and their gradient in place: all of them it copies outside the scans alone."""
-    arguments, options, cotangents = case(packed=True, dtype=np.float32)
+    arguments, options, cotangents = case(layout="packed", dtype=np.float32)
     compiled = vjp.lower(chunk_kda, arguments, cotangents, (), options).compile().as_text()
-    N = len(CU_SEQLENS) - 1
+    shape = ",".join(map(str, cotangents[1].shape))
     copies, computation = [], None
     for line in compiled.splitlines():
         if line.endswith("{") and not line.startswith(" "):
             computation = line.split()[0]
-        elif re.search(rf"= f32\[{N},{H},{K},{V}\]\S* copy\(", line):
+        elif re.search(rf"= f32\[{shape}\]\S* copy\(", line):
             copies.append(computation)
     assert set(copies) <= {"ENTRY"}, copies
 

@@ -168,6 +168,22 @@ def test_batch_and_heads_need_no_collective(op, B, spec):
     assert all(x.spec == spec for x in others)
 
 
+@pytest.mark.parametrize(
+    ("B", "spec"), [(8, Spec("x")), (1, Spec(None, None, "x")), (2, Spec(None, None, "x"))]
+)
+@pytest.mark.parametrize("T", [40, 48])  # with a part of a chunk, and of whole chunks
+def test_gradients_over_batch_and_heads_need_no_collective(T, B, spec):
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    x = shapes(B, T, 8, 8, 24, 20, mesh, spec)
+
+    def gradient(o, *x):
+        return jax.vjp(lambda *x: chunk_kda(*x, chunk_size=16)[0], *x)[1](o)
+
+    program = compiled(gradient, x[2], *x)
+    assert collectives(program) == []
+    assert all(y.spec == spec for y in program.output_shardings)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("head_axis", [None, "other"])
 def test_the_exchange_is_one_all_gather(packed, head_axis):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from . import checks, chunking
 from .decay import from_cumsum
-from .dot import dot, storage
+from .dot import dot, pick, storage, sum_parts
 
 
 def combine_o(S, qg, Aqk, v_new, scale, store):
@@ -20,6 +20,30 @@ def combine_o(S, qg, Aqk, v_new, scale, store):
     """
     inter = dot("...ik,...kv->...iv", qg, store(S))
     return scale * inter + dot("...ij,...jv->...iv", Aqk, v_new)
+
+
+def of_state(S, x_in):
+    """What rows read of the state, x_in S: S [..., K, V], x_in [..., P, X, K/P], channels in parts."""
+    parts = S.reshape(*S.shape[:-2], *x_in.shape[-3::2], -1)  # [..., P, K/P, V]
+    return sum_parts(dot("...ik,...kv->...iv", x_in, parts), -3)
+
+
+def reads(S, x_in, inside, below, v_new):
+    """What the rows of every token read: x_in S + sum_j x_i . k_j D(i<-j) v_new_j.
+
+    S [..., K, V], v_new [..., C, V], the others of an `Intra` with R rows a token. Returns [..., C, R, V].
+    """
+    *lead, C, V = v_new.shape
+    blocks = v_new.reshape(*lead, -1, inside.shape[-1], V)
+    z = of_state(S, x_in).reshape(*lead, C, -1, V)
+    z = z + dot("...ij,...jv->...iv", inside, blocks).reshape(z.shape)
+    for scores in below:
+        n, s = scores.shape[-3::2]
+        first = pick(v_new.reshape(*lead, n, 2, s, V), -3, 0)
+        of_second = dot("...ij,...jv->...iv", scores, first)
+        both = jnp.stack([jnp.zeros_like(of_second), of_second], axis=-3)
+        z = z + both.reshape(z.shape)
+    return z
 
 
 def chunk_gla_fwd_o_gk(
