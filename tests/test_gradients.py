@@ -355,8 +355,8 @@ def test_memory_does_not_hold_the_chunks():
 
 
 def test_whole_chunks_keep_little_beside_the_gradients():
-    """The states lie where the gradients will. What grows with T are the inverses of the blocks of 16, a quarter
-    of q here; of the rest there are 30 of one chunk's q."""
+    """The states lie where the gradients will. What grows with T are the inverses of blocks of 16, a quarter
+    of q here; the rest is 30 times the q of a chunk."""
     H, K, rows = 2, 64, 16
 
     def temporaries(T):
