@@ -270,6 +270,52 @@ def test_finite_everywhere(beta, gate, layout, dtype, length, flags):
     assert not made["g"][np.isinf(short["g"])].any()
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(K=8, V=8),
+        dict(K=16, V=16, B=2),
+        dict(K=32, V=32, T=16),
+        dict(K=17, V=1),
+        dict(K=33, V=16),  # from here on, what does not fit into the gradients
+        dict(K=16, V=17),
+        dict(K=16, V=16, HV=2),
+        dict(K=16, V=16, gate=np.float32),
+    ],
+    ids=str,
+)
+def test_every_shape_of_whole_chunks(shape):
+    """In chunks of 16, from no initial state. Of a float32 g the truth is its widened values'."""
+    B, T, HV, K, V = (shape.get(name, default) for name, default in dict(B=1, T=64, HV=1, K=0, V=0).items())
+    inputs = draw("logsigmoid", B=B, T=T, H=1, HV=HV, K=K, V=V, dtype=np.float64, seed=0)
+    arguments = dict(zip(NAMES[:5], inputs, strict=True))
+    arguments["g"] = arguments["g"].astype(shape.get("gate", np.float64))
+    rng = np.random.default_rng(1)
+    cotangents = rng.standard_normal((B, T, HV, V)), rng.standard_normal((B, HV, K, V))
+    truth = gradient(naive_recurrent_kda, widened(arguments), {}, cotangents)
+    made = gradient(chunk_kda, arguments, {}, cotangents, chunk_size=16)
+    for name, error in errors(made, truth).items():
+        assert error <= (1e-7 if arguments[name].dtype == np.float32 else 1e-13), name
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_of_one_argument(name, beside):
+    """What is asked for alone, beside the results or not, is what it is among the others."""
+    arguments, _, cotangents = case(layout="whole", T=64)
+
+    @partial(jax.jit, static_argnums=0)
+    def pulled(names, arguments):
+        def op(wanted):
+            return chunk_kda(**arguments | wanted, output_final_state=True, chunk_size=16)
+
+        results, pull = jax.vjp(op, {name: arguments[name] for name in names})
+        return pull(cotangents)[0], results if beside else None
+
+    alone, truth = (pulled(names, arguments)[0][name] for names in ((name,), NAMES))
+    np.testing.assert_allclose(alone, truth, rtol=0, atol=1e-13 * np.abs(truth).max())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_small_betas(layout):
     """The gradient with respect to a beta of 0, of which nothing is written, or of next to nothing."""

@@ -20,9 +20,9 @@ def keep(x, y):
     return f(x, y), x**2
 
 
-def pull(args, kept, cotangents):
+def pull(args, kept, cotangents, wanted):
     """With what `keep` kept, and not with f."""
-    PULLED.append(kept)
+    PULLED.append(wanted)
     (x, y), ct = args, cotangents["product"]
     return 3 * kept * y * ct, x * kept * ct
 
@@ -43,6 +43,10 @@ def scanned(f):
     return lambda x, y: jax.lax.scan(lambda carry, row: (carry + f(*row), None), 0.0, (x, y))[0]
 
 
+def over_first(f):
+    return lambda x, y: jax.vmap(lambda x: f(x, y[1]))(x)
+
+
 # Whether the gradient that is asked for is `pull`'s, and not JAX's own of f.
 OWN = {
     "gradient": (lambda f: jax.grad(total(f), (0, 1)), True),
@@ -52,7 +56,9 @@ OWN = {
     "vmap of gradients": (lambda f: jax.vmap(jax.grad(f, (0, 1))), True),
     "gradient of a scan": (lambda f: jax.grad(total(scanned(f)), (0, 1)), True),
     "tangent": (lambda f: lambda x, y: jax.jvp(f, (x, y), (y, x))[1], False),
-    "gradient of a vmap": (lambda f: jax.grad(total(jax.vmap(f)), (0, 1)), False),
+    "gradient of a vmap": (lambda f: jax.grad(total(jax.vmap(f)), (0, 1)), True),
+    "gradient of a vmap of one argument": (lambda f: jax.grad(total(over_first(f)), (0, 1)), True),
+    "tangent of a vmap": (lambda f: lambda x, y: jax.jvp(jax.vmap(f), (x, y), (y, x))[1], False),
     "gradient of a tangent": (
         lambda f: jax.grad(total(lambda x, y: jax.jvp(f, (x, y), (y, x))[1]), (0, 1)),
         False,
@@ -76,3 +82,11 @@ def test_each_transformation(name):
 
 def test_nothing_is_kept_where_nothing_is_differentiated():
     np.testing.assert_array_equal(with_pullback(f, None, None)(X, Y)["product"], plain(X, Y))
+
+
+@pytest.mark.parametrize("argnums", [(0,), (1,), (0, 1)])
+def test_what_is_wanted(argnums):
+    PULLED.clear()
+    jax.jit(jax.grad(total(op), argnums))(X, Y)
+    (wanted,) = PULLED
+    assert wanted == tuple(i in argnums for i in range(2))

@@ -4,10 +4,10 @@ Of every chunk the backward pass needs the state that entered it, the inverses o
 
     e = v - k_in S - A v_new      A[i,j] = k_i . k_j D(i<-j), j < i
 
-of which `v_new = beta e`. With these at hand nothing is read of the state or solved again. All but the small
-inverses is kept where the gradients of the chunk's tokens will lie, until which nobody needs that memory: the
-state that leaves the chunk in the rows of q and k, v_new in those of g. They are part of what the gradients
-that take their place are made of, so they are read before.
+of which `v_new = beta e`. With these at hand nothing is read of the state or solved again. But for the small
+inverses they are kept where the gradients of the chunk's tokens will lie, until which nobody needs the memory
+(inside one `jit`): the state that leaves the chunk in the rows of q and k, v_new in those of g. They are part
+of what the gradients that take their place are made of, so they are read before.
 """
 
 from functools import partial
@@ -33,65 +33,76 @@ def fits(q, k, v, g, C, dtype):
 
 
 def keep(prepare, one_chunk, C, S, inputs, parameters):
-    """What the scan over the chunks returns, and what `pull` needs of them: three places and the inverses.
+    """What the scan over the chunks returns, and what `pull` needs of them: the places and the inverses.
 
     `prepare(rows, parameters)` activates a chunk's rows; `one_chunk(S, *rows, fields=)` makes the next state
     and fields.
     """
+    K = S.shape[-2]
 
     def step(carry, start):
         S, o, places = carry
         rows = prepare([cut(x, start, None, C) for x in inputs], parameters)
         S, made = one_chunk(S, *(split_heads(x, S.shape[1]) for x in rows), fields=("o", *KEPT))
-        kept = S[:, :, :C], S[:, :, C:], made["written"]
+        kept = [*(S[:, :, i : i + C] for i in range(0, K, C)), made["written"]]
         places = [_lay(x, merge_heads(rows), start) for x, rows in zip(places, kept, strict=True)]
         return (S, put(o, merge_heads(made["o"]), start, None), places), made["inverse"]
 
-    q, k, v, g, _ = inputs
-    carry = S, jnp.zeros_like(v), [_new(x, i) for i, x in enumerate((q, k, g))]
-    (S, o, places), inverses = lax.scan(step, carry, jnp.arange(0, q.shape[1], C))
+    carry = S, jnp.zeros_like(inputs[2]), [_new(inputs, i) for i in _holders(K, C)]
+    (S, o, places), inverses = lax.scan(step, carry, jnp.arange(0, inputs[0].shape[1], C))
     return (S, dict(o=o), None), (places, inverses)
 
 
-def pull(prepare, scale, C, args, kept, cotangents):
-    """The cotangents of `keep`'s S, inputs and parameters."""
+def pull(prepare, scale, C, args, kept, cotangents, wanted):
+    """The cotangents of `keep`'s S, inputs and parameters; of inputs that are not `wanted`, anything."""
     S_0, inputs, parameters = args
-    (in_q, in_k, in_g), inverses = kept
+    places, inverses = kept
     d_S, d_o, _ = cotangents
+    wanted = [i for i, is_wanted in enumerate(wanted[1]) if is_wanted]
     H, K, V = S_0.shape[1:]
 
     def read(d_inputs, start):
         """S and what was written to it, at once: before the gradients are laid there."""
-        in_q, in_k, _, in_g, _ = d_inputs
+        *of_state, of_written = (d_inputs[i] for i in _holders(K, C))
         before = jnp.maximum(start - C, 0)
-        first, second = _find(in_q, before, min(K, C), V), _find(in_k, before, max(K - C, 0), V)
-        S = jnp.concatenate([split_heads(first, H), split_heads(second, H)], axis=-2)
-        return once((jnp.where(start > 0, S, S_0), split_heads(_find(in_g, start, C, V), H)))
+        parts = [_find(x, before, min(C, K - i * C), V) for i, x in enumerate(of_state)]
+        S = jnp.concatenate([split_heads(x, H) for x in parts], axis=-2)
+        return once((jnp.where(start > 0, S, S_0), split_heads(_find(of_written, start, C, V), H)))
 
     def step(carry, chunk):
         start, inverse = chunk
         d_S, d_inputs, d_parameters = carry
+        d_inputs = list(d_inputs)
         S, written = read(d_inputs, start)
         rows, pull_prepare = jax.vjp(prepare, [cut(x, start, None, C) for x in inputs], parameters)
         q, k, _, g, beta = (split_heads(x, H) for x in rows)
         d_rows = split_heads(cut(d_o["o"], start, None, C), H)
         d_S, *d_rows = pull_chunk(S, written, inverse, q, k, g, beta, scale, d_S, d_rows)
         d_rows, d_own = pull_prepare(tuple(merge_heads(x) for x in d_rows))
-        d_rows = lax.optimization_barrier(d_rows)  # XLA is fast if they are made first
-        d_inputs = [_lay(x, rows, start) for x, rows in zip(d_inputs, d_rows, strict=True)]
+        # XLA is fast if they are made first.
+        d_rows = lax.optimization_barrier({i: d_rows[i] for i in wanted})
+        for i, rows in d_rows.items():
+            d_inputs[i] = _lay(d_inputs[i], rows, start)
         return (d_S, d_inputs, jax.tree.map(jnp.add, d_parameters, d_own)), None
 
-    d_inputs = [in_q, in_k, _new(inputs[2], 3), in_g, _new(inputs[4], 4)]
+    d_inputs = [_new(inputs, i) for i in range(len(inputs))]
+    for i, place in zip(_holders(K, C), places, strict=True):
+        d_inputs[i] = place
     carry = d_S, d_inputs, jax.tree.map(jnp.zeros_like, parameters)
-    chunks = jnp.arange(0, in_q.shape[1], C), inverses
+    chunks = jnp.arange(0, inputs[0].shape[1], C), inverses
     (d_S, d_inputs, d_parameters), _ = lax.scan(step, carry, chunks, reverse=True)
     return d_S, tuple(d_inputs), d_parameters
 
 
-def _new(x, i):
-    """An array like x, all of which is written before it is read. Filled with i, since of two equal ones XLA
-    makes one and copies it."""
-    return jnp.full(x.shape, i, x.dtype)
+def _holders(K, C):
+    """Those of q, k, v, g, beta whose gradients hold the K rows of a state, C each; the last holds v_new."""
+    return (0, 3) if K <= C else (0, 1, 3)
+
+
+def _new(inputs, i):
+    """An array like an input, of which nothing is read before it is written. Each has another number in it:
+    of two equal ones XLA makes one and copies it."""
+    return jnp.full(inputs[i].shape, i + 1, inputs[i].dtype)
 
 
 def _lay(x, rows, start):

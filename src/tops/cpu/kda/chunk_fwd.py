@@ -201,9 +201,8 @@ def scan_chunks(
         def idle(S, *_):
             return S, {field: jnp.zeros((B, C, HV, width[field]), dtype) for field in buffers}
 
-        @partial(
-            jax.checkpoint, prevent_cse=False
-        )  # of a chunk, its gradient keeps the state that entered it
+        # Of a chunk, its gradient keeps the state that entered it.
+        @partial(jax.checkpoint, prevent_cse=False)
         def chunk_step(S, start, length):
             rows = [chunking.cut(x, start, length, C) for x in inputs]
             if not packed:
@@ -297,7 +296,7 @@ def _stages(S, q, k, v, g, beta, scale, storage_dtype, fields, parts):
         v_new, S_next = delta_h(S, made["w"], made["u"], made["kg"], chunk.decay, store)
         o = combine_o(S, made["qg"], made["Aqk"], v_new, scale, store)
     made |= dict(o=o, v_new=v_new)
-    if "written" in fields:
+    if set(chunk_bwd.KEPT) & set(fields):
         read = pick(reads(S, chunk.x_in, chunk.inside, chunk.below, v_new), -2, 1)
         made |= dict(written=chunk_bwd.written(v_new, v - read, beta), inverse=chunk.inverse)
     return S_next, {field: made[field] for field in fields}

@@ -7,10 +7,11 @@ from jax.interpreters import ad, batching, mlir
 
 
 def with_pullback(f, keep, pull):
-    """`f(*args)`, whose gradient is `pull(args, kept, cotangents)`; `keep(*args)` is `(f(*args), kept)`.
+    """`f(*args)` with the gradient `pull(args, kept, cotangents, wanted)`; `keep(*args)` is `f(*args), kept`.
 
-    A primitive makes the tangents of f, and `pull` is its transpose. Under `vmap`, or differentiated once
-    more, it is what `jax.jvp` makes of f. (`custom_vjp` has no forward mode, `linear_call` not these two.)
+    `wanted`, like args, has a bool for every array. A primitive makes the tangents of f, and `pull` is its
+    transpose. Tangents themselves, and derivatives of the primitive, are JAX's own of f. (`custom_vjp` has no
+    forward mode, `linear_call` neither `vmap` nor second derivatives.)
     """
 
     def push(args, kept, tangents):
@@ -46,8 +47,15 @@ def _abstract(*_, avals, **__):
     return avals
 
 
-def _batch(arrays, axes, **static):
-    made = jax.vmap(lambda *arrays: _push(*arrays, **static), axes)(*arrays)
+def _batch(arrays, axes, *, push, pull, avals, **static):
+    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+    arrays = [batching.bdim_at_front(x, axis, size) for x, axis in zip(arrays, axes, strict=True)]
+
+    def pull_all(args, kept, cotangents, wanted):
+        return jax.vmap(lambda *x: pull(*x, wanted))(args, kept, cotangents)
+
+    avals = tuple(ShapedArray((size, *x.shape), x.dtype) for x in avals)
+    made = _pushed.bind(*arrays, push=jax.vmap(push), pull=pull_all, avals=avals, **static)
     return made, [0] * len(made)
 
 
@@ -58,12 +66,12 @@ def _jvp(primals, tangents, **static):
 
 
 def _transpose(cotangents, *arrays, pull, tree, out, **_):
-    args, kept, _ = jax.tree.unflatten(tree, arrays)
-    pulled = pull(args, kept, jax.tree.unflatten(out, map(ad.instantiate_zeros, cotangents)))
-    pulled = jax.tree.leaves(pulled)
-    wanted = arrays[-len(pulled) :]
-    nothing = [None] * (len(arrays) - len(pulled))
-    return nothing + [x if ad.is_undefined_primal(y) else None for x, y in zip(pulled, wanted, strict=True)]
+    args, kept, tangents = jax.tree.unflatten(tree, arrays)
+    wanted = jax.tree.map(ad.is_undefined_primal, tangents, is_leaf=ad.is_undefined_primal)
+    cotangents = jax.tree.unflatten(out, map(ad.instantiate_zeros, cotangents))
+    pulled = jax.tree.leaves(pull(args, kept, cotangents, wanted))
+    pulled = [x if y else None for x, y in zip(pulled, jax.tree.leaves(wanted), strict=True)]
+    return [None] * (len(arrays) - len(pulled)) + pulled
 
 
 mlir.register_lowering(_pushed, mlir.lower_fun(_push, multiple_results=True))
