@@ -316,6 +316,20 @@ def test_of_one_argument(name, beside):
     np.testing.assert_allclose(alone, truth, rtol=0, atol=1e-13 * np.abs(truth).max())
 
 
+def test_what_nobody_wants_costs_nothing():
+    """Stage 1 is half of what the products of a chunk's gradient cost, and v has no part in it."""
+    arguments, _, _ = case(layout="whole", T=64)
+
+    def flops(names):
+        def loss(wanted):
+            return jnp.sum(chunk_kda(**arguments | wanted, chunk_size=16)[0])
+
+        compiled = jax.jit(jax.grad(loss)).lower({name: arguments[name] for name in names}).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(["v"]) <= flops(NAMES) / 2
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_small_betas(layout):
     """The gradient with respect to a beta of 0, of which nothing is written, or of next to nothing."""

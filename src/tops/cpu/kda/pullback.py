@@ -1,4 +1,4 @@
-"""A gradient by a function of its own, where forward mode and every other transformation stay JAX's."""
+"""A gradient by a function of its own, also under `vmap`, where all other transformations stay JAX's."""
 
 import jax
 from jax.core import ShapedArray
