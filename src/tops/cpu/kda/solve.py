@@ -21,6 +21,7 @@ def solve(chunk, beta, r):
     second, and for its queries, is one product.
     """
     y, z = _substitute(chunk.L, chunk.inverse, chunk.below, spread(beta[..., None], -1, r.shape[-1]), r)
+    y = lax.optimization_barrier(y)  # its blocks are joined once, not for every product that reads them
     *blocks, b, _ = chunk.L.shape
     of_q = pick(chunk.inside.reshape(*blocks, b, -1, b), -2, 0)
     own = dot("...ij,...jv->...iv", of_q, y.reshape(*blocks, b, -1))
