@@ -17,6 +17,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .dot import once, pick, spread_by_product
@@ -62,7 +63,7 @@ def _scale_half(x, which, factor):
     # XLA drops the zeros. They keep mask and ones in the scan over chunks, which, split for a gradient, would
     # else make them once, at full size, and read them at every chunk.
     zeros = 0 * factor.astype(jnp.int32)
-    half, ones = jnp.arange(2)[:, None, None] + zeros, (1 + zeros).astype(factor.dtype)
+    half, ones = np.arange(2)[:, None, None] + zeros, (1 + zeros).astype(factor.dtype)
     return (pairs * jnp.where(half == which, factor, ones)).reshape(x.shape)
 
 
