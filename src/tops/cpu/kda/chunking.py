@@ -52,7 +52,8 @@ def concrete(x):
 def scan(step, carry, cu_seqlens, NT, C):
     """`lax.scan` over NT chunks in their order: step(carry, `Chunk`) returns (carry, y).
 
-    Chunks leave no token between them: each starts where the one before ends. Without cu_seqlens all are whole.
+    Chunks leave no token between them: each starts where the one before ends. Without cu_seqlens all are
+    whole.
     """
 
     def on_chunk(carry, _):
