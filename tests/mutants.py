@@ -51,7 +51,6 @@ MUTANTS = [
     ("chunk_bwd.py", "jnp.finfo(beta.dtype).eps", "10", "v_new made of what was kept, not kept"),
     ("chunk_bwd.py", "[d_o, -d_v]", "[d_o, d_v]", "the sign of what a gradient gives to what k reads"),
     ("chunk_bwd.py", "_lay(x, merge_heads(rows), start)", "_lay(x, merge_heads(rows), 0 * start)", "every chunk keeps its state in the first's place"),
-    ("pullback.py", "x if y else None", "x", "cotangents of what is not differentiated"),
     ("chunk_delta_h.py", "update(merge_channels(dkg), v_new) + ", "", "a gradient that kg gets nothing of from the state"),
     ("solve.py", "z_2 + pick(seen, -2, 0)", "z_2", "q does not read the first half of its chunk"),
     ("solve.py", "return X, -dot(", "return X, dot(", "the sign of the inverse's derivative"),
