@@ -165,7 +165,6 @@ def scan_chunks(
     HV, V = v.shape[2:]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     packed = cu_seqlens is not None
-    bounds = cu_seqlens if packed else jnp.array([0, T]) if T % C else None
     inputs = tuple(chunking.pad_tokens(x, C) for x in (q, k, v, g, beta))
 
     width = dict(o=V, g=K, Aqk=C, Akk=C, w=K, u=V, qg=K, kg=K, v_new=V)
@@ -225,7 +224,10 @@ def scan_chunks(
             buffers = {field: chunking.put(x, rows[field], start, length) for field, x in buffers.items()}
             return (states, buffers), None if h is None else h.astype(stored["h"])
 
-        (states, made), h = chunking.scan(step, (states, buffers), bounds, NT, C)
+        chunks = chunking.chunk_table(cu_seqlens if packed else jnp.array([0, T]), NT, C)
+        if not packed and T % C == 0:
+            chunks = chunks._replace(length=None)
+        (states, made), h = lax.scan(step, (states, buffers), chunks)
         return states, made, h
 
     if fields == ("o",) and storage_dtype is None and not packed and chunk_bwd.fits(q, k, v, g, C, dtype):

@@ -17,12 +17,12 @@ from jax import lax
 from .dot import once
 
 
-class Chunk(NamedTuple):
-    """Where a chunk lies, int32. A length of 0 marks one that no sequence needs."""
+class Chunks(NamedTuple):
+    """Where each chunk lies, int32 [NT] each. A length of 0 marks a chunk that no sequence needs."""
 
     sequence: jax.Array
     start: jax.Array
-    length: jax.Array | None  # None: C, known before the program runs
+    length: jax.Array | None  # None: every chunk is whole
 
 
 def max_num_chunks(T, N, C):
@@ -49,31 +49,15 @@ def concrete(x):
     return not isinstance(x, jax.core.Tracer)
 
 
-def scan(step, carry, cu_seqlens, NT, C):
-    """`lax.scan` over NT chunks in their order: step(carry, `Chunk`) returns (carry, y).
-
-    Chunks leave no token between them: each starts where the one before ends. Without cu_seqlens all are
-    whole.
-    """
-
-    def on_chunk(carry, _):
-        start, carry = carry
-        chunk = Chunk(0, start, None) if cu_seqlens is None else _chunk_at(cu_seqlens, start, C)
-        carry, y = step(carry, chunk)
-        return (start + (C if chunk.length is None else chunk.length), carry), y
-
-    first = jnp.zeros((), jnp.int32) if cu_seqlens is None else cu_seqlens[0].astype(jnp.int32)
-    (_, carry), y = lax.scan(on_chunk, (first, carry), length=NT)
-    return carry, y
-
-
-def _chunk_at(cu_seqlens, start, C):
-    """The chunk that starts at this token; from the end of the last sequence on, of length 0."""
+def chunk_table(cu_seqlens, NT, C):
+    """`Chunks` of the sequences [cu_seqlens[n], cu_seqlens[n + 1]), in sequence order."""
     cu_seqlens = cu_seqlens.astype(jnp.int32)
-    # To compare with every sequence compiles faster than to search, and takes microseconds.
-    sequence = jnp.sum(cu_seqlens[1:] <= start, dtype=jnp.int32)
+    offsets = prepare_chunk_offsets(cu_seqlens, C)
+    index = jnp.arange(NT, dtype=jnp.int32)
+    sequence = jnp.searchsorted(offsets, index, side="right").astype(jnp.int32) - 1
     sequence = jnp.minimum(sequence, cu_seqlens.shape[0] - 2)
-    return Chunk(sequence, start, jnp.clip(cu_seqlens[sequence + 1] - start, 0, C))
+    start = cu_seqlens[sequence] + (index - offsets[sequence]) * C
+    return Chunks(sequence, start, jnp.clip(cu_seqlens[sequence + 1] - start, 0, C))
 
 
 def prepare_lens(cu_seqlens):
@@ -265,7 +249,7 @@ class Split:
     def __init__(self, cu_seqlens, NT, T, C, HV, dtype):
         self.T, self.C, self.HV, self.dtype = T, C, HV, dtype
         self.cu_seqlens = jnp.array([0, T]) if cu_seqlens is None else jnp.asarray(cu_seqlens)
-        _, self.table = scan(lambda carry, chunk: (carry, chunk), None, self.cu_seqlens, NT, C)
+        self.table = chunk_table(self.cu_seqlens, NT, C)
 
     def split(self, x):
         """Rows past a chunk's end are zero."""
