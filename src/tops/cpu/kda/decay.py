@@ -61,7 +61,7 @@ def _scale_half(x, which, factor):
     pairs = x.reshape(*factor.shape[:-1], 2, -1, x.shape[-1])
     factor = factor[..., None, None, :]
     # XLA drops the zeros. They keep mask and ones in the scan over chunks, which, split for a gradient, would
-    # else make them once, at full size, and read them at every chunk. NumPy's are constants, without a kernel.
+    # else make them once, at full size, and read them at every chunk. A NumPy mask takes no kernel to make.
     zeros = 0 * factor.astype(jnp.int32)
     half, ones = np.arange(2)[:, None, None] + zeros, (1 + zeros).astype(factor.dtype)
     return (pairs * jnp.where(half == which, factor, ones)).reshape(x.shape)
