@@ -41,7 +41,7 @@ MUTANTS = [
     ("chunk_intra.py", "diagonal = [inner(q, k), *diagonal]", "diagonal = [jnp.zeros_like(beta), *diagonal]", "Aqk without its diagonal"),
     ("chunk_intra.py", "Aqk = scale * scores[..., 0, 0::2, :]", "Aqk = scores[..., 0, 0::2, :]", "Aqk without scale"),
     ("chunk_intra.py", "Aqk = scale * scores[..., 0, 0::2, :]", "Aqk = scale * scores[..., 0, 1::2, :]", "Aqk of k instead of q"),
-    ("solve.py", "row = row - columns[i, j] * rows[j]", "row = row + columns[i, j] * rows[j]", "the sign of the substitution inside a block"),
+    ("solve.py", "row = row - L_i[j] * X[j]", "row = row + L_i[j] * X[j]", "the sign of the substitution inside a block"),
     ("solve.py", "r_2 - beta_2 * pick(seen, -2, R - 1)", "r_2 - beta_1 * pick(seen, -2, R - 1)", "the first half's beta for the second"),
     ("dot.py", "_product(subscripts, dx, y) + dy", "_product(subscripts, dx, y)", "half of the product rule"),
     ("chunk_bwd.py", "jnp.where(start > 0, S, S_0)", "S", "the gradient's first chunk does not start from the initial state"),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dot import dot, pick, spread
+from .dot import dot, once, pick, spread
 
 
 def solve(chunk, beta, r):
@@ -72,14 +72,17 @@ def invert(L):
     """(I + L)^-1 of strictly lower triangles [..., b, b], row by row: X_i = I_i - sum_j L_ij X_j."""
     b = L.shape[-1]
     columns = jnp.moveaxis(L.reshape(L.shape[0], -1, b, b), (0, 1), (-2, -1))  # every block in one vector
-    rows = []
-    for i, unit in enumerate(jnp.eye(b, dtype=L.dtype)[..., None, None]):
-        row = jnp.broadcast_to(unit, columns.shape[1:])
-        for j in range(i):
-            row = row - columns[i, j] * rows[j]
-        # Behind the barrier XLA computes a row once, not anew in all that follow.
-        rows.append(lax.optimization_barrier(row))
-    return jnp.moveaxis(jnp.stack(rows), (-2, -1), (0, 1)).reshape(L.shape)
+
+    # A loop, not b rows written out: XLA compiles by the kernel. X_j is 0 until it is made, as L_ij is.
+    def add_row(i, X):
+        L_i = lax.dynamic_index_in_dim(columns, i, keepdims=False, allow_negative_indices=False)
+        row = jnp.broadcast_to((jnp.arange(b) == i).astype(L.dtype)[:, None, None], X.shape[1:])
+        for j in range(b):
+            row = row - L_i[j] * X[j]
+        return lax.dynamic_update_index_in_dim(X, once(row), i, 0, allow_negative_indices=False)
+
+    X = lax.fori_loop(0, b, add_row, jnp.zeros_like(columns))
+    return jnp.moveaxis(X, (-2, -1), (0, 1)).reshape(L.shape)
 
 
 @invert.defjvp
