@@ -224,9 +224,7 @@ def scan_chunks(
             buffers = {field: chunking.put(x, rows[field], start, length) for field, x in buffers.items()}
             return (states, buffers), None if h is None else h.astype(stored["h"])
 
-        chunks = chunking.chunk_table(cu_seqlens if packed else jnp.array([0, T]), NT, C)
-        if not packed and T % C == 0:
-            chunks = chunks._replace(length=None)
+        chunks = chunking.chunk_table(cu_seqlens, NT, C) if packed else chunking.dense_table(T, C)
         (states, made), h = lax.scan(step, (states, buffers), chunks)
         return states, made, h
 

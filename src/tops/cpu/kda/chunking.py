@@ -60,6 +60,12 @@ def chunk_table(cu_seqlens, NT, C):
     return Chunks(sequence, start, jnp.clip(cu_seqlens[sequence + 1] - start, 0, C))
 
 
+def dense_table(T, C):
+    """`Chunks` of a dense batch, known before the program runs."""
+    start = np.arange(0, T, C, dtype=np.int32)
+    return Chunks(np.zeros_like(start), start, None if T % C == 0 else np.minimum(T - start, C))
+
+
 def prepare_lens(cu_seqlens):
     """The length of each sequence: [N]."""
     return jnp.diff(cu_seqlens)
