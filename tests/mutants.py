@@ -84,6 +84,7 @@ MUTANTS = [
     ("chunking.py", "jnp.repeat(x, G, axis=2)", "jnp.tile(x, (1, 1, G, *[1] * (x.ndim - 3)))", "value head h reads q/k head h % H"),
     ("chunking.py", "return turn(initial_state, state_v_first).astype(dtype)", "return initial_state.astype(dtype).reshape(N, HV, K, V)", "state_v_first reinterprets the initial state"),
     ("chunking.py", "rows = jnp.where(inside.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)", "rows = rows * inside.reshape(-1, *[1] * (rows.ndim - 1))", "the stage ops' padding masked by multiplication"),
+    ("chunking.py", "np.minimum(T - start, C)", "np.full_like(start, C)", "the last chunk of a dense batch reads past its end"),
     ("chunking.py", "row = jnp.minimum(jnp.arange(self.C), self.table.length[:, None] - 1)", "row = jnp.minimum(jnp.arange(self.C)[None], self.C - 1) + 0 * self.table.length[:, None]", "a short chunk's cumulative sum falls back to 0"),
     ("chunking.py", "    x, start = lax.optimization_barrier((x, start))\n", "", "16-bit inputs are widened whole (before JAX 0.11)"),
     ("gate.py", "return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2NORM_EPS)", "return x / (jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)) + L2NORM_EPS)", "the epsilon outside the root"),
