@@ -6,6 +6,7 @@ Bit for bit: a chunk's arithmetic reads its own tokens and its own state, and no
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from inputs import draw
@@ -23,6 +24,7 @@ from tops.cpu.kda import (
     prepare_chunk_indices,
     recompute_w_u_fwd,
 )
+from tops.cpu.kda.solve import invert
 
 T, H, HV, K, V, C = 163, 1, 2, 6, 5, 32
 ENDS = np.array([0, 40, 40, 41, 111, 131])  # an empty sequence, one token, three chunks; 32 tokens of padding
@@ -241,3 +243,10 @@ def test_gradients_in_the_padding():
             np.testing.assert_array_equal(x, expected[field], field)
             if field != "initial_state":
                 assert not np.asarray(x)[:, ENDS[-1] :].any(), field
+
+
+def test_the_inverse_of_a_block_reads_below_its_diagonal_alone():
+    """Above it lie zeros times beta, NaN where beta is: the bits of the inverse do not change."""
+    L = np.tril(np.random.default_rng(0).standard_normal((2, 3, 16, 16)), -1)
+    dirty = np.where(np.tri(16, k=-1, dtype=bool), L, np.nan)
+    np.testing.assert_array_equal(invert(jnp.asarray(dirty)), invert(jnp.asarray(L)))

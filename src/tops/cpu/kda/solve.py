@@ -73,12 +73,14 @@ def invert(L):
     b = L.shape[-1]
     columns = jnp.moveaxis(L.reshape(L.shape[0], -1, b, b), (0, 1), (-2, -1))  # every block in one vector
 
-    # A loop, not b rows written out: XLA compiles by the kernel. X_j is 0 until it is made, as L_ij is.
+    # A loop, not b rows written out: XLA compiles by the kernel. X_j is 0 until it is made.
     def add_row(i, X):
         L_i = lax.dynamic_index_in_dim(columns, i, keepdims=False, allow_negative_indices=False)
-        row = jnp.broadcast_to((jnp.arange(b) == i).astype(L.dtype)[:, None, None], X.shape[1:])
-        for j in range(b):
-            row = row - L_i[j] * X[j]
+        j = jnp.arange(b)[:, None, None]
+        L_i = jnp.where(j < i, L_i, 0)  # a beta of NaN makes NaN of the zeros above the diagonal
+        row = jnp.broadcast_to((j == i).astype(L.dtype), X.shape[1:])
+        for L_ij, X_j in zip(L_i, X, strict=True):
+            row = row - L_ij * X_j
         return lax.dynamic_update_index_in_dim(X, once(row), i, 0, allow_negative_indices=False)
 
     X = lax.fori_loop(0, b, add_row, jnp.zeros_like(columns))
