@@ -92,7 +92,7 @@ MUTANTS = [
     ("gate.py", "-jnp.exp(A_log)[:, None] * jax.nn.softplus(g)", "-jnp.exp(A_log) [:, None] * jax.nn.relu(g)", "relu for softplus"),
     ("gate.py", "jnp.exp(A_log)[:, None] * g)", "g * A_log[:, None])", "A_log for its exponential"),
     ("gate.py", "beta = activations.beta_scale * jax.nn.sigmoid(beta)", "beta = jax.nn.sigmoid(beta)", "allow_neg_eigval does nothing"),
-    ("gate.py", "jnp.zeros_like(g[0]), g, reverse=reverse)", "jnp.zeros_like(g[0]), g)", "reverse is forgotten"),
+    ("gate.py", "(n - 1 - i, n - i) if reverse else (i, i - 1)", "i, i - 1", "reverse is forgotten"),
     ("gate.py", "return float(lower_bound) * jax.nn", "return lower_bound * jax.nn", "a NumPy scalar widens the gate"),
     ("fused_recurrent.py", "S = jnp.exp(g)[..., None] * S\n    error", "error", "decoding without decay"),
     ("fused_recurrent.py", 'S, scale * dot("...k,...kv->...v", q, S)', 'S, dot("...k,...kv->...v", q, S)', "decoding without scale"),

@@ -1,5 +1,6 @@
 """Activations of the raw inputs, and the chunk-local cumulative sum that FLA's contract returns."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -53,15 +54,28 @@ def activate(q, k, g, beta, A_log, dt_bias, activations, store):
     return q, k, g, beta
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def cumsum(g, axis, reverse=False):
     """Cumulative sum, one token after the other.
 
     A scan by doubling would round neighbours apart. What reads the sums takes differences of them, and
     summed in order, a step between neighbours is rounded just once.
     """
-    g = jnp.moveaxis(g, axis, 0)
-    _, sums = lax.scan(lambda total, x: (total + x,) * 2, jnp.zeros_like(g[0]), g, reverse=reverse)
-    return jnp.moveaxis(sums, 0, axis)
+    n = g.shape[axis]
+
+    def add(i, sums):
+        i, before = (n - 1 - i, n - i) if reverse else (i, i - 1)
+        row = partial(lax.dynamic_index_in_dim, sums, axis=axis, allow_negative_indices=False)
+        sums_i = row(before) + row(i)
+        return lax.dynamic_update_index_in_dim(sums, sums_i, i, axis, allow_negative_indices=False)
+
+    return lax.fori_loop(1, n, add, g)
+
+
+@cumsum.defjvp
+def _cumsum_jvp(axis, reverse, primals, tangents):
+    """Nobody takes differences of a gradient's sums."""
+    return cumsum(*primals, axis, reverse), lax.cumsum(*tangents, axis, reverse)
 
 
 def kda_gate_fwd(g, A_log=None, dt_bias=None, lower_bound=None, output_dtype=jnp.float32):
