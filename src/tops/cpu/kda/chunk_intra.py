@@ -86,7 +86,8 @@ def triangles(chunk, beta, scale):
         scores = _set_below(scores, below)
     Aqk = scale * scores[..., 0, 0::2, :]
     identity = jnp.broadcast_to(jnp.eye(Aqk.shape[-1], dtype=Aqk.dtype), Aqk.shape)
-    Akk, _ = solve(chunk, beta, identity)
+    inside, *below = (x[..., 1::2, :] for x in (chunk.inside, *chunk.below))  # without q's rows
+    Akk, _ = solve(chunk._replace(inside=inside, below=tuple(below)), beta, identity)
     return Aqk, Akk
 
 
