@@ -92,6 +92,7 @@ MUTANTS = [
     ("gate.py", "-jnp.exp(A_log)[:, None] * jax.nn.softplus(g)", "-jnp.exp(A_log) [:, None] * jax.nn.relu(g)", "relu for softplus"),
     ("gate.py", "jnp.exp(A_log)[:, None] * g)", "g * A_log[:, None])", "A_log for its exponential"),
     ("gate.py", "beta = activations.beta_scale * jax.nn.sigmoid(beta)", "beta = jax.nn.sigmoid(beta)", "allow_neg_eigval does nothing"),
+    ("gate.py", "return lax.fori_loop(1, n, add, g)", "return lax.cumsum(g, axis, reverse)", "the sums are made by doubling"),
     ("gate.py", "(n - 1 - i, n - i) if reverse else (i, i - 1)", "i, i - 1", "reverse is forgotten"),
     ("gate.py", "return float(lower_bound) * jax.nn", "return lower_bound * jax.nn", "a NumPy scalar widens the gate"),
     ("fused_recurrent.py", "S = jnp.exp(g)[..., None] * S\n    error", "error", "decoding without decay"),
