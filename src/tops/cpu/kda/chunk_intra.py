@@ -59,9 +59,7 @@ def intra(q, k, a, beta, parts=PARTS):
     while s < C:
         n = C // (2 * s)
         x_2, k_1 = halves(rows, n)[1], halves(cols, n)[0]
-        single = q is None and s == 1
-        scores = inner(x_2, k_1)[..., None] if single else dot("...ik,...jk->...ij", x_2, k_1)
-        scores = sum_parts(scores, -4)
+        scores = sum_parts((_with_one if s == 1 else _with_all)(x_2, k_1), -4)
         if s < BLOCK:
             inside = _set_below(inside, scores)
         else:
@@ -73,6 +71,25 @@ def intra(q, k, a, beta, parts=PARTS):
     return Intra(inside, below, L, invert(L), rows, cols, merge_channels(total)[..., 0, :])
 
 
+def _with_all(x, k):
+    return dot("...ik,...jk->...ij", x, k)
+
+
+@jax.custom_jvp
+def _with_one(x, k):
+    """The scores of x [..., R, K] with a single k [..., 1, K], [..., R, 1]."""
+    return inner(x, k)[..., None] if x.shape[-2] == 1 else _with_all(x, k)
+
+
+@_with_one.defjvp
+def _with_one_jvp(primals, tangents):
+    """Row by row: a gradient multiplies element by element then, where that of the product has a product for
+    every token."""
+    (x, k), (dx, dk) = primals, tangents
+    of_k = [_with_all(row, dk) for row in jnp.split(x, x.shape[-2], axis=-2)]
+    return _with_one(x, k), _with_all(dx, k) + jnp.concatenate(of_k, axis=-2)
+
+
 def triangles(chunk, beta, scale):
     """The two triangles as matrices.
 
@@ -81,14 +98,18 @@ def triangles(chunk, beta, scale):
 
     beta [..., C]. Returns Aqk and Akk, [..., C, C].
     """
-    scores = chunk.inside
-    for below in chunk.below:
-        scores = _set_below(scores, below)
-    Aqk = scale * scores[..., 0, 0::2, :]
+    Aqk = scale * whole(chunk.inside, chunk.below)[..., 0::2, :]
     identity = jnp.broadcast_to(jnp.eye(Aqk.shape[-1], dtype=Aqk.dtype), Aqk.shape)
     inside, *below = (x[..., 1::2, :] for x in (chunk.inside, *chunk.below))  # without q's rows
     Akk, _ = solve(chunk._replace(inside=inside, below=tuple(below)), beta, identity)
     return Aqk, Akk
+
+
+def whole(inside, below):
+    """The scores of an `Intra` as one matrix, [..., R * C, C] of R rows a token, zero above the diagonal."""
+    for scores in below:
+        inside = _set_below(inside, scores)
+    return inside[..., 0, :, :]
 
 
 def _set_below(diagonal, below):
