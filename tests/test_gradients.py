@@ -383,6 +383,20 @@ def test_no_gradient_between_sequences(poisoned):
         assert not np.take(alone[name], rest, axis).any()
 
 
+def test_a_later_block_does_not_reach_an_earlier_small_beta():
+    """Of a token without beta, what k reads is kept beside o: nothing of a NaN that a later block writes."""
+    arguments, _, _ = case(layout="whole", T=64)
+    arguments["beta"][:, 3] = 0
+    arguments["v"][:, 40] = np.nan
+
+    @jax.jit
+    def value_and_grad(arguments):
+        return jax.value_and_grad(lambda x: chunk_kda(**x)[0][:, :32].sum())(arguments)
+
+    for name, x in value_and_grad(arguments)[1].items():
+        assert np.isfinite(x if name == "initial_state" else x[:, :32]).all(), name
+
+
 @pytest.mark.parametrize("layout", ["packed", "whole"])
 def test_vmap_of_gradients(layout):
     """A batch of gradients is the gradients of the batch's members."""

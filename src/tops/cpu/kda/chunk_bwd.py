@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from .chunk_delta_h import next_state
-from .chunk_intra import intra
-from .chunk_o import reads
+from .chunk_intra import intra, whole
+from .chunk_o import of_state
 from .chunking import cut, merge_heads, put, split_heads
-from .dot import inner, once
+from .dot import dot, inner, once
 from .solve import solve
 
 KEPT = ("written", "inverse")
@@ -153,8 +153,15 @@ def pull_chunk(S, written, inverse, q, k, g, beta, scale, d_S, d_o):
     _, pull_solve = jax.vjp(partial(solve, chunk, beta), v_new)  # linear in r
     (d_r,) = pull_solve((d_v_new, d_o))
     d_v = beta[..., None] * d_r
-    d_reads = lax.optimization_barrier(jnp.stack([d_o, -d_v], axis=-2))
-    _, pull_reads = jax.vjp(partial(reads, v_new=v_new), S, chunk.x_in, chunk.inside, chunk.below)
+    d_reads = jnp.stack([d_o, -d_v], axis=-2)
+    d_reads = lax.optimization_barrier(d_reads.reshape(*d_o.shape[:-2], -1, d_o.shape[-1]))
+
+    def reads(S, x_in, inside, below):
+        """`chunk_o.reads`, of all scores at once, for its gradient alone: one product for all of them. Itself
+        it would hold 0 times what later tokens write."""
+        return of_state(S, x_in) + dot("...ij,...jv->...iv", whole(inside, below), v_new)
+
+    _, pull_reads = jax.vjp(reads, S, chunk.x_in, chunk.inside, chunk.below)
     d_S_read, *d_scores = pull_reads(d_reads)
     d_q, d_k, d_g = pull_stage_1((*d_scores, d_kg, d_decay))
     d_beta = inner(d_r, written) / jnp.where(small, 1, beta)

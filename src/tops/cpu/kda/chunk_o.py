@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from . import checks, chunking
-from .chunk_intra import whole
 from .decay import from_cumsum
-from .dot import dot, storage, sum_parts
+from .dot import dot, pick, storage, sum_parts
 
 
 def combine_o(S, qg, Aqk, v_new, scale, store):
@@ -35,8 +34,16 @@ def reads(S, x_in, inside, below, v_new):
     S [..., K, V], v_new [..., C, V], the others of an `Intra` with R rows a token. Returns [..., C, R, V].
     """
     *lead, C, V = v_new.shape
-    z = of_state(S, x_in) + dot("...ij,...jv->...iv", whole(inside, below), v_new)
-    return z.reshape(*lead, C, -1, V)
+    blocks = v_new.reshape(*lead, -1, inside.shape[-1], V)
+    z = of_state(S, x_in).reshape(*lead, C, -1, V)
+    z = z + dot("...ij,...jv->...iv", inside, blocks).reshape(z.shape)
+    for scores in below:
+        n, s = scores.shape[-3::2]
+        first = pick(v_new.reshape(*lead, n, 2, s, V), -3, 0)
+        of_second = dot("...ij,...jv->...iv", scores, first)
+        both = jnp.stack([jnp.zeros_like(of_second), of_second], axis=-3)
+        z = z + both.reshape(z.shape)
+    return z
 
 
 def chunk_gla_fwd_o_gk(
