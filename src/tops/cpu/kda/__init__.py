@@ -18,6 +18,7 @@ from .gate import (
 )
 from .wy_fast import recompute_w_u_fwd
 
+naive_chunk_kda = checks.guarded(naive.naive_chunk_kda, checks.oracle_in_chunks)
 naive_recurrent_kda = checks.guarded(naive.naive_recurrent_kda, checks.oracle)
 prepare_lens = checks.guarded(chunking.prepare_lens, checks.index_helper)
 prepare_chunk_offsets = checks.guarded(chunking.prepare_chunk_offsets, checks.index_helper)
@@ -36,6 +37,7 @@ __all__ = [
     "fused_recurrent_kda",
     "kda_gate_chunk_cumsum",
     "kda_gate_fwd",
+    "naive_chunk_kda",
     "naive_kda_gate",
     "naive_kda_lowerbound_gate",
     "naive_recurrent_kda",

@@ -48,6 +48,12 @@ def oracle(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlen
     forward(q, k, v, g, beta, scale, initial_state, cu_seqlens=cu_seqlens)
 
 
+def oracle_in_chunks(q, k, v, g, beta, scale, initial_state, output_final_state, chunk_size, cu_seqlens):
+    """The contract of `naive_chunk_kda`."""
+    oracle(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens)
+    at_least_one("chunk_size", chunk_size)
+
+
 def tensor(name, x, letters, sizes):
     """x is a floating array of shape `letters`; `sizes` holds the letters known so far, and learns others."""
     _floating(name, x)
@@ -249,9 +255,13 @@ def ends(cu_seqlens):
 def index_helper(cu_seqlens, chunk_size=1):
     """The contract of `prepare_lens` and `prepare_chunk_offsets`."""
     ends(cu_seqlens)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral):
-        raise TypeError(f"chunk_size: expected an integer, got {_describe(chunk_size)}")
-    _require(chunk_size >= 1, "chunk_size", "at least 1", chunk_size)
+    at_least_one("chunk_size", chunk_size)
+
+
+def at_least_one(name, x):
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {_describe(x)}")
+    _require(x >= 1, name, "at least 1", x)
 
 
 def known_index_helper(cu_seqlens, chunk_size):

@@ -1,8 +1,8 @@
 """The user-level op: chunked KDA, output and final state only."""
 
 from . import checks
+from .activations import Activations
 from .chunk_fwd import forward
-from .gate import Activations
 
 
 def chunk_kda(

@@ -1,4 +1,4 @@
-"""Stage 3: the state from chunk to chunk."""
+"""Stage 3 on its own: the state from chunk to chunk."""
 
 from functools import partial
 
@@ -7,45 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import checks, chunking
-from .decay import from_cumsum
-from .dot import alone, dot, merge_channels, spread, storage
-
-
-def delta_h(S, w, u, kg, decay, store):
-    """One chunk's step of the state.
-
-        v_new = u - w S      S <- D(C<-0) S + kg^T v_new
-
-    S [..., K, V], w [..., C, K], u [..., C, V], kg = k * D(C<-j) [..., C, K], decay = D(C<-0) [..., K];
-    `store` rounds what FLA stores. Returns v_new [..., C, V] and the state that leaves the chunk.
-    """
-    v_new = store(u - dot("...ik,...kv->...iv", w, store(S)))
-    return v_new, next_state(S, kg[..., None, :, :], v_new, decay)
-
-
-def next_state(S, kg, v_new, decay):
-    """D(C<-0) S + kg^T v_new, the state that leaves the chunk; kg [..., P, C, K/P], channels in parts."""
-    return spread(decay[..., None], -1, S.shape[-1]) * S + _update(kg, v_new)
-
-
-@jax.custom_jvp
-def _update(kg, v_new):
-    """kg^T v_new, kg [..., P, C, K/P]."""
-    return dot("...kj,...jv->...kv", _transposed(kg), v_new)
-
-
-@_update.defjvp
-def _update_jvp(primals, tangents):
-    """The product rule, whose gradient needs kg as it is."""
-    (kg, v_new), (dkg, dv_new) = primals, tangents
-    update = partial(dot, "...jk,...jv->...kv")
-    return _update(kg, v_new), update(merge_channels(dkg), v_new) + update(merge_channels(kg), dv_new)
-
-
-@alone
-def _transposed(kg):
-    """[..., K, C], as a copy: see `dot.transposed`."""
-    return jnp.swapaxes(kg, -1, -2).reshape(*kg.shape[:-3], -1, kg.shape[-2])
+from .one_chunk.decay import from_cumsum
+from .one_chunk.state import next_state, u_less_w_S
+from .rounding import storage
 
 
 def chunk_gated_delta_rule_fwd_h(
@@ -146,8 +110,9 @@ def _chunk_gated_delta_rule_fwd_h(
     def step(states, chunk):
         n, w, u, k, decay = chunk
         S = chunking.read_state(states, n, packed)
-        v_new, S_next = delta_h(S, w, u, k, decay, store)
-        return chunking.write_state(states, S_next, n, packed), (S, v_new)
+        v_new = u_less_w_S(u, w, S, store)
+        S_out = next_state(S, decay, k, v_new)
+        return chunking.write_state(states, S_out, n, packed), (S, v_new)
 
     states, (h, v_new) = lax.scan(step, states, (chunks.table.sequence, w, u, k, decay))
     h = chunking.merge_states(h, state_v_first).astype(storage_dtype or dtype)

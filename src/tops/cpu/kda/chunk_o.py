@@ -1,4 +1,4 @@
-"""Stage 4: the output."""
+"""Stage 4 on its own: the output."""
 
 from functools import partial
 
@@ -6,44 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from . import checks, chunking
-from .decay import from_cumsum
-from .dot import dot, pick, storage, sum_parts
-
-
-def combine_o(S, qg, Aqk, v_new, scale, store):
-    """What a chunk reads: from the state that entered it, and from its own tokens.
-
-        o = scale * qg S + Aqk v_new
-
-    S [..., K, V], qg = q * D(i<-0) [..., C, K], Aqk [..., C, C], scaled, v_new [..., C, V]; `store` rounds
-    what FLA stores. Returns o [..., C, V].
-    """
-    inter = dot("...ik,...kv->...iv", qg, store(S))
-    return scale * inter + dot("...ij,...jv->...iv", Aqk, v_new)
-
-
-def of_state(S, x_in):
-    """What rows read of the state, x_in S: S [..., K, V], x_in [..., P, X, K/P], channels in parts."""
-    parts = S.reshape(*S.shape[:-2], *x_in.shape[-3::2], -1)  # [..., P, K/P, V]
-    return sum_parts(dot("...ik,...kv->...iv", x_in, parts), -3)
-
-
-def reads(S, x_in, inside, below, v_new):
-    """What the rows of every token read: x_in S + sum_j x_i . k_j D(i<-j) v_new_j.
-
-    S [..., K, V], v_new [..., C, V], the others of an `Intra` with R rows a token. Returns [..., C, R, V].
-    """
-    *lead, C, V = v_new.shape
-    blocks = v_new.reshape(*lead, -1, inside.shape[-1], V)
-    z = of_state(S, x_in).reshape(*lead, C, -1, V)
-    z = z + dot("...ij,...jv->...iv", inside, blocks).reshape(z.shape)
-    for scores in below:
-        n, s = scores.shape[-3::2]
-        first = pick(v_new.reshape(*lead, n, 2, s, V), -3, 0)
-        of_second = dot("...ij,...jv->...iv", scores, first)
-        both = jnp.stack([jnp.zeros_like(of_second), of_second], axis=-3)
-        z = z + both.reshape(z.shape)
-    return z
+from .one_chunk.decay import from_cumsum
+from .one_chunk.output import output
+from .one_chunk.xla import matmul
+from .rounding import storage
 
 
 def chunk_gla_fwd_o_gk(
@@ -117,5 +83,6 @@ def _chunk_gla_fwd_o_gk(q, v, g, A, h, cu_seqlens, *, scale, use_exp2, storage_d
     prefix, _, _ = from_cumsum(chunks.split_cumsum(g), use_exp2)
     S = jnp.swapaxes(h, 0, 1).astype(dtype)  # [NT, B, HV, K, V]
     Aqk = jnp.where(jnp.tril(jnp.ones((C, C), bool)), chunks.split(A), 0)
-    o = combine_o(S, store(chunks.split(q) * prefix), Aqk, chunks.split(v), scale, store)
+    qg_S = matmul(store(chunks.split(q) * prefix), store(S))
+    o = output(scale * qg_S, Aqk, chunks.split(v))
     return chunks.merge(o, v.dtype)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .dot import once
+from .one_chunk.xla import hidden, sliced
 
 
 class Chunks(NamedTuple):
@@ -113,40 +113,11 @@ def cut(x, start, length, C):
     """
     # A slice may not reach past the end of x: take the last C tokens there, and move them up.
     begin = start if length is None else jnp.minimum(start, x.shape[1] - C)
-    rows = _slice(x, begin, C)
+    rows = lax.dynamic_slice_in_dim(*hidden(x, begin), C, axis=1)
     if length is None:
         return rows
-    return keep_rows(_move_up(rows, start - begin), length)
-
-
-@jax.custom_jvp
-def _move_up(rows, by):
-    """rows [B, C, ...] without the first `by`; what stands behind the others is for nobody to read."""
-    return jnp.take(rows, jnp.arange(rows.shape[1]) + by, axis=1, mode="clip")
-
-
-@_move_up.defjvp
-def _move_up_jvp(primals, tangents):
-    # The gradient of a slice is a slice; that of `take` is a scatter, row after row. `once`: XLA would make
-    # the chunk's gradient anew for it.
-    (rows, by), (drows, _) = primals, tangents
-    drows = jnp.concatenate([drows, jnp.zeros_like(drows)], axis=1)
-    return _move_up(rows, by), once(lax.dynamic_slice_in_dim(drows, by, rows.shape[1], axis=1))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _slice(x, start, C):
-    # Before JAX 0.11 XLA widens 16-bit arrays whole, ahead of the scan, unless the slice hides x from it.
-    x, start = lax.optimization_barrier((x, start))
-    return lax.dynamic_slice_in_dim(x, start, C, axis=1)
-
-
-@_slice.defjvp
-def _slice_jvp(C, primals, tangents):
-    # The gradient of x takes that of a chunk in place, if no barrier stands between the two, and fast, if the
-    # chunk's is made first.
-    (x, start), (dx, _) = primals, tangents
-    return _slice(x, start, C), lax.optimization_barrier(lax.dynamic_slice_in_dim(dx, start, C, axis=1))
+    rows = jnp.take(rows, jnp.arange(C) + (start - begin), axis=1, mode="clip")
+    return keep_rows(rows, length)
 
 
 def keep_rows(rows, length):
@@ -156,7 +127,6 @@ def keep_rows(rows, length):
     return jnp.where(_over_rows(jnp.arange(rows.shape[1]) < length, rows), rows, 0)
 
 
-@jax.custom_jvp
 def put(x, rows, start, length):
     """x [B, T, ...] with its tokens [start, start + length) replaced by the first rows of [B, C, ...]."""
     C = rows.shape[1]
@@ -169,15 +139,6 @@ def put(x, rows, start, length):
     old = lax.dynamic_slice_in_dim(x, begin, C, axis=1)
     rows = jnp.where(inside, jnp.take(rows, index, axis=1, mode="clip"), old)
     return lax.dynamic_update_slice_in_dim(x, rows, begin, axis=1)
-
-
-@put.defjvp
-def _put_jvp(primals, tangents):
-    # Chunks do not overlap: what is replaced is zero, and its tangent. Replaced, it would be zeroed in the
-    # gradient, for which XLA copies all of it at every chunk.
-    x, rows, *where = primals
-    dx, drows, *_ = tangents
-    return put(x, rows, *where), dx + put(jnp.zeros_like(dx), drows, *where)
 
 
 def _over_rows(mask, x):
@@ -205,38 +166,12 @@ def first_states(initial_state, N, HV, K, V, state_v_first, dtype):
 
 def read_state(states, n, packed):
     """What a chunk works on, [B, HV, K, V], of states [N, HV, K, V]: sequence n's, or every row's."""
-    return _read(states, n) if packed else states
+    return sliced(states, n) if packed else states
 
 
 def write_state(states, S, n, packed):
     """`read_state` undone."""
-    return _write(states, S, n) if packed else S
-
-
-# Rules for reading and writing, so that XLA never copies all states for one chunk: it writes in place where
-# what was read before no longer hangs on the old states.
-@jax.custom_jvp
-def _read(states, n):
-    return once(lax.dynamic_slice_in_dim(states, n, 1))
-
-
-@_read.defjvp
-def _read_jvp(primals, tangents):
-    return _read(*primals), lax.dynamic_slice_in_dim(tangents[0], primals[1], 1)
-
-
-@jax.custom_jvp
-def _write(states, S, n):
-    return lax.dynamic_update_slice_in_dim(states, S, n, axis=0)
-
-
-@_write.defjvp
-def _write_jvp(primals, tangents):
-    # Transposed, `once` has the gradient of S read before its place among the states is zeroed.
-    states, S, n = primals
-    d_states, d_S, _ = tangents
-    d_states, d_S = once((_write(d_states, jnp.zeros_like(S), n), d_S))
-    return _write(*primals), d_states + _write(jnp.zeros_like(states), d_S, n)
+    return lax.dynamic_update_slice_in_dim(states, S, n, axis=0) if packed else S
 
 
 def merge_states(h, state_v_first):

@@ -23,9 +23,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as Spec
 
 from . import checks, chunking
-from .chunk_fwd import scan_chunks
-from .dot import dot
-from .gate import Activations
+from .activations import Activations
+from .one_chunk.xla import matmul
+from .scan import Config, scan_chunks
 
 MAP_CHUNK = 32  # tokens of a chunk of the map, at most: fewer operations than with 64, in the same time
 
@@ -131,7 +131,7 @@ def _context_parallel(
 ):  # fmt: skip
     packed = cu_seqlens is not None
     ends = jnp.asarray(cu_seqlens if packed else [0, q.shape[1]], jnp.int32)
-    options = dict(scale=scale, state_v_first=False, activations=activations)
+    config = Config(C, scale, activations, ("o",), storage_dtype, packed)
 
     def on_device(q, k, v, g, beta, initial_state, ends, A_log, dt_bias):
         (B, T, HV, V), K = v.shape, k.shape[-1]  # what is here of them
@@ -149,11 +149,10 @@ def _context_parallel(
         S = jnp.where(begins < start, identity, jnp.pad(S, [(0, 0)] * 3 + [(0, K)]))
 
         def span_map(S):
-            C_map = min(C, MAP_CHUNK)
+            of_map = config._replace(C=min(C, MAP_CHUNK), fields=(), storage_dtype=None)
             return scan_chunks(
                 *(q, k, jnp.pad(v, [(0, 0)] * 3 + [(0, K)]), g, beta, S, tail, A_log, dt_bias),
-                **dict(NT=chunking.max_num_chunks(T, 1, C_map), C=C_map, fields=(), storage_dtype=None),
-                **options,
+                **dict(NT=chunking.max_num_chunks(T, 1, of_map.C), state_v_first=False, config=of_map),
             )[0]
 
         maps = lax.cond(begins < start + T, span_map, lambda S: S, S)
@@ -169,8 +168,7 @@ def _context_parallel(
         own = jnp.clip(ends - start, 0, T) if packed else None
         states, made = scan_chunks(
             *(q, k, v, g, beta, states, own, A_log, dt_bias),
-            **dict(NT=chunking.num_chunks(T, own, None, C), C=C, fields=("o",), storage_dtype=storage_dtype),
-            **options,
+            **dict(NT=chunking.num_chunks(T, own, None, C), state_v_first=False, config=config),
         )
         if not output_final_state:
             return made["o"], None
@@ -198,7 +196,7 @@ def compose(maps, first, device, V):
     def step(S, x):
         i, b, M = x
         between = (first <= i) & (i < device)
-        return lax.cond(between, lambda S: b + dot("...ij,...jv->...iv", M, S), lambda S: S, S), None
+        return lax.cond(between, lambda S: b + matmul(M, S), lambda S: S, S), None
 
     b, M = maps[..., :V], maps[..., V:]
     S, _ = lax.scan(step, jnp.zeros(b.shape[1:], b.dtype), (jnp.arange(len(maps)), b, M))

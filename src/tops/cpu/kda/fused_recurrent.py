@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import checks, chunking
-from .dot import dot, storage
-from .gate import Activations, activate
+from .activations import Activations, activate
+from .one_chunk.xla import dot
+from .rounding import storage
 
 
 def fused_recurrent_kda(

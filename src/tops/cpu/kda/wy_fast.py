@@ -1,4 +1,4 @@
-"""Stage 2: the WY representation, w and u."""
+"""Stage 2 on its own: the WY representation, w and u."""
 
 from functools import partial
 
@@ -6,22 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from . import checks, chunking
-from .decay import from_cumsum
-from .dot import dot, storage
-
-
-def recompute_w_u(Akk, k_in, v, beta, store):
-    """What a chunk erases of, and writes to, a state that it has not seen yet.
-
-        w = Akk (beta * k * D(i<-0))      u = Akk (beta * v)
-
-    Akk [..., C, C], k_in = k * D(i<-0) [..., C, K], v [..., C, V], beta [..., C]; `store` rounds what FLA
-    stores. Returns w [..., C, K] and u [..., C, V].
-    """
-    beta = beta[..., None]
-    w = dot("...ij,...jk->...ik", Akk, store(beta * k_in))
-    u = dot("...ij,...jv->...iv", Akk, store(beta * v))
-    return store(w), store(u)
+from .one_chunk.decay import from_cumsum
+from .one_chunk.wy import w_u
+from .rounding import storage
 
 
 def recompute_w_u_fwd(
@@ -80,6 +67,6 @@ def _recompute_w_u_fwd(k, v, beta, A, gk, q, cu_seqlens, *, NT, use_exp2, storag
     chunks = chunking.Split(cu_seqlens, NT, T, C, HV, dtype)
     prefix, suffix, _ = from_cumsum(chunks.split_cumsum(gk), use_exp2)
     k = chunks.split(k)
-    w, u = recompute_w_u(chunks.split(A), k * prefix, chunks.split(v), chunks.split(beta), store)
+    w, u = w_u(chunks.split(A), k * prefix, chunks.split(v), chunks.split(beta), store)
     qg = None if q is None else chunks.split(q) * prefix
     return tuple(None if x is None else chunks.merge(x, storage_dtype) for x in (w, u, qg, k * suffix))

@@ -5,8 +5,8 @@ An adapter of one's own is such a function; it raises NotImplementedError for wh
 
 import numpy as np
 
-from ..dot import storage
-from ..gate import Activations, activate
+from ..activations import Activations, activate
+from ..rounding import storage
 
 ACTIVATIONS = ("A_log", "dt_bias", "lower_bound", "use_gate_in_kernel", "safe_gate")
 

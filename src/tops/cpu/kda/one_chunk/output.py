@@ -1,0 +1,13 @@
+"""Stage 4: the output."""
+
+from .xla import matmul, matmul_tn
+
+
+def output(qg_S, Aqk, v_new):
+    """qg S + Aqk v_new, [..., C, V]: o / scale; o itself where both hold scale, as FLA's Aqk does."""
+    return qg_S + matmul(Aqk, v_new)
+
+
+def output_backward(Aqk, d_o):
+    """d_v_new = Aqk^T d_o. The cotangent of qg_S is d_o itself."""
+    return matmul_tn(Aqk, d_o)

@@ -1,0 +1,39 @@
+"""Stage 2: what the tokens of a chunk write."""
+
+from .triangle import inverse, invert_blocks, solve, solve_transposed
+from .xla import barrier, inner, matmul
+
+
+def write(A, beta, r):
+    """The error e = v - k_in S - A v_new of each token, and v_new = beta e, from r = v - k_in S.
+
+        e = (I + A beta)^-1 r      v_new = (I + beta A)^-1 beta r
+
+    v_new is u - w S without u, w and Akk, and rounds less. Since e is solved for, a gradient of beta needs no
+    quotient. A is a `BlockLower`, beta [..., C], r [..., C, V].
+    """
+    L = A.scale_columns(beta)
+    # The barrier makes XLA join the blocks of e once, not once for every product that reads e.
+    e = barrier(solve(L, invert_blocks(L), r))
+    return e, beta[..., None] * e
+
+
+def write_backward(A, beta, e, d_v_new):
+    """The cotangents of v and of beta; d_r is that of beta r, the right-hand side.
+
+    d_r = (I + beta A)^-T d_v_new      d_v = beta d_r      d_beta = d_r . e = d_r . (v - k_in S - A v_new)
+    """
+    L = A.scale_rows(beta)
+    d_r = solve_transposed(L, invert_blocks(L), d_v_new)
+    return beta[..., None] * d_r, inner(d_r, e)
+
+
+def inverse_of(A, beta):
+    """Akk = (I + beta A)^-1, the matrix [..., C, C]."""
+    return inverse(A.scale_rows(beta))
+
+
+def w_u(Akk, k_in, v, beta, store):
+    """w = Akk (beta k_in) [..., C, K] and u = Akk (beta v) [..., C, V]; `store` rounds what FLA stores."""
+    beta = beta[..., None]
+    return store(matmul(Akk, store(beta * k_in))), store(matmul(Akk, store(beta * v)))
