@@ -2,7 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-distributed test fuzz mutants coverage test-fla conformance bench lint figures clean
+.PHONY: demo demo-distributed test test-all test-oldest fuzz mutants coverage test-fla test-fla-all conformance \
+  bench lint figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tops.cpu.kda
@@ -10,17 +11,32 @@ demo: $(VENV)/.installed
 demo-distributed: $(VENV)/.installed
 	$(BIN)/python examples/distributed.py
 
+# A process a core; what one has compiled the others take from the cache.
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
+
+# The fast tier; `make test-all` runs every test. What is about neither rounding nor speed is compiled fast.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST) -m 'not slow and unoptimized' --unoptimized
+	$(PYTEST) -m 'not slow and not unoptimized'
+
+test-all: $(VENV)/.installed
+	$(PYTEST) -m unoptimized --unoptimized
+	$(PYTEST) -m 'not unoptimized'
+
+# The fast tier on the oldest JAX that pyproject.toml allows.
+OLDEST = $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest JAX='jax==$(OLDEST) jaxlib==$(OLDEST)'
 
 # make fuzz EXAMPLES=5000, or FOR=3600 for an hour; a failure prints the call that reproduces it.
 EXAMPLES ?= 2000
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz.py --examples $(EXAMPLES) $(if $(FOR),--seconds $(FOR))
 
-# Faults put into a copy of the package, one by one: the suite must fail for each.
+# Faults put into a copy of the package, one by one: the fast tier must fail for each. TIER=all looks with every test.
+TIER ?= fast
 mutants: $(VENV)/.installed
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/mutants.py --tier $(TIER)
 
 coverage: $(VENV)/.installed
 	$(BIN)/python -m coverage run -m pytest
@@ -28,7 +44,10 @@ coverage: $(VENV)/.installed
 	$(BIN)/python -m coverage report
 
 test-fla: $(VENV)-fla/.installed
-	$(VENV)-fla/bin/python -m pytest tests/fla
+	$(VENV)-fla/bin/python -m pytest -n auto --dist worksteal tests/fla -m 'not slow'
+
+test-fla-all: $(VENV)-fla/.installed
+	$(VENV)-fla/bin/python -m pytest -n auto --dist worksteal tests/fla
 
 conformance: $(VENV)/.installed
 	for dtype in float32 bfloat16 float16 float64; do \
@@ -49,7 +68,7 @@ figures: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev,report]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev,report]' $(JAX)
 	touch $@
 
 # TORCH=torch takes the newest build; the pinned one has a CPU build on the development machines.
@@ -66,4 +85,4 @@ $(VENV)-bench/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-fla $(VENV)-bench .venv-newest
+	rm -rf $(VENV) $(VENV)-fla $(VENV)-bench .venv-newest .venv-oldest

@@ -15,8 +15,33 @@ def relative_error(x, truth):
 
 def recurrence(q, k, v, g, beta, scale=None, initial_state=None, cu_seqlens=None):
     """o [B, T, HV, V] and the final states [N, HV, K, V]: one token, one sequence at a time."""
-    made = walk(q, k, v, g, beta, scale, initial_state, cu_seqlens)
-    return made["o"], made["final_state"]
+    q, k, v, g, beta, states, spans = prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens)
+    o = np.zeros_like(v)
+    decay = np.exp(g)
+    for S, (row, start, end) in zip(states, spans, strict=True):
+        for t in range(start, end):
+            S *= decay[row, t][:, :, None]
+            error = v[row, t] - (k[row, t][:, None] @ S)[:, 0]
+            S += k[row, t][:, :, None] * (beta[row, t][:, None] * error)[:, None]
+            o[row, t] = (q[row, t][:, None] @ S)[:, 0]
+    return o, states
+
+
+def prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens):
+    """All in float64, q scaled, q and k a head for every value head; the states that the sequences start
+    from, and (row, start, end) of each."""
+    q, k, v, g, beta = (np.asarray(x, np.float64) for x in (q, k, v, g, beta))
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    q, k = (np.repeat(x, HV // H, axis=2) for x in (q, k))
+    if cu_seqlens is None:
+        spans = [(row, 0, T) for row in range(B)]
+    else:
+        spans = [(0, *span) for span in itertools.pairwise(cu_seqlens)]
+    states = np.zeros((len(spans), HV, K, V))
+    if initial_state is not None:
+        states += np.asarray(initial_state, np.float64)
+    return q * (K**-0.5 if scale is None else scale), k, v, g, beta, states, spans
 
 
 def walk(
@@ -35,18 +60,9 @@ def walk(
     With `raw_gates` the arithmetic has rounded g itself: a decay is off by |g| eps, and since equal gates
     round alike, that adds up.
     """
-    q, k, v, g, beta = (np.asarray(x, np.float64) for x in (q, k, v, g, beta))
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    q, k = (np.repeat(x, HV // H, axis=2) for x in (q, k))
-    q = q * (K**-0.5 if scale is None else scale)
-    if cu_seqlens is None:
-        spans = [(row, 0, T) for row in range(B)]
-    else:
-        spans = [(0, *span) for span in itertools.pairwise(cu_seqlens)]
-    states = np.zeros((len(spans), HV, K, V))
-    if initial_state is not None:
-        states += np.asarray(initial_state, np.float64)
+    q, k, v, g, beta, states, spans = prepared(q, k, v, g, beta, scale, initial_state, cu_seqlens)
+    B, T, HV, V = v.shape
+    K = k.shape[-1]
     o, v_new = np.zeros((2, B, T, HV, V))
     o_budget, v_new_budget = np.zeros((2, B, T, HV))
     state_budget = np.zeros((len(spans), HV))

@@ -14,7 +14,7 @@ import pytest
 from inputs import REGIMES, draw
 from oracle import recurrence, relative_error
 
-from tops.cpu.kda import chunk_kda, naive_recurrent_kda
+from tops.cpu.kda import chunk_kda, naive_chunk_kda, naive_recurrent_kda
 from tops.cpu.kda.testing.compare import ordinal
 
 FLOAT32 = dict(
@@ -30,7 +30,9 @@ FLOAT32 = dict(
     beta_2=8e-7,
     equal_keys=2e-5,
 )
-CHUNK_SIZES = (16, 32, 64, 128)
+slow = pytest.mark.slow
+# One chunk size and one seed in the fast tier: the others are programs of their own, and rarely tell more.
+CHUNK_SIZES = [64, *(pytest.param(C, marks=slow) for C in (16, 32, 128))]
 
 
 @cache
@@ -45,7 +47,7 @@ def errors(op, inputs, expected, **options):
 
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=slow)])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_float32(regime, seed, chunk_size):
     inputs, expected = truth(regime, seed=seed)
@@ -72,9 +74,12 @@ def test_float64(regime, chunk_size):
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_the_oracles_agree(regime):
-    """Two recurrences written apart, in numpy and in JAX: only rounding lies between them."""
+    """Two recurrences written apart, in numpy and in JAX, and the naive chunks: only rounding lies between
+    them. Of equal keys the inverse of a chunk loses two digits."""
     inputs, expected = truth(regime, dtype=np.float64)
     assert (errors(naive_recurrent_kda, inputs, expected) <= 1e-13).all()
+    bound = 1e-11 if regime == "equal_keys" else 1e-13
+    assert (errors(naive_chunk_kda, inputs, expected) <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
@@ -82,8 +87,9 @@ def test_the_oracles_agree(regime):
 def test_16_bit_outputs_are_correctly_rounded(regime, dtype):
     """o is the float64 result of the rounded inputs, rounded once, but where float32's own error reaches
     across a rounding boundary. For a relative error e of o that is about e / 2**-11 of the elements, and a
-    second step needs an element that is e * 2**11 times smaller than the rest: 1e-6 gives 0.2 % and 1e-4.
-    With equal keys e is 1e-5, which is why that regime is not here."""
+    second step needs an element that is e * 2**11 times smaller than the rest: 0.2 % and 1.3e-4 for an e of
+    1e-6. So the second bound is proportional to the regime's own, 2e-4 for nearly equal keys. With equal keys
+    e is 1e-5, which is why that regime is not here."""
     inputs = draw(regime, dtype=dtype)
     expected, state = recurrence(*inputs)
     o, final_state = chunk_kda(*inputs, output_final_state=True)
@@ -92,17 +98,18 @@ def test_16_bit_outputs_are_correctly_rounded(regime, dtype):
     assert relative_error(final_state, state) <= FLOAT32[regime]
     steps = np.abs(ordinal(np.asarray(o)) - ordinal(expected.astype(dtype)))
     assert np.mean(steps == 0) >= 0.995
-    assert np.mean(steps > 1) <= 1e-4
+    assert np.mean(steps > 1) <= 2e-4 * FLOAT32[regime] / FLOAT32["near_keys"]
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("B", "T", "H", "HV", "K", "V"),
     [
-        (1, 1, 1, 1, 1, 1),
-        (2, 63, 2, 4, 7, 5),
-        (3, 65, 1, 3, 16, 1),
-        (1, 200, 2, 2, 1, 24),
+        pytest.param(1, 1, 1, 1, 1, 1, marks=slow),
+        pytest.param(2, 63, 2, 4, 7, 5, marks=slow),
+        pytest.param(3, 65, 1, 3, 16, 1, marks=slow),
+        pytest.param(1, 200, 2, 2, 1, 24, marks=slow),
         (2, 129, 3, 6, 33, 8),
     ],
 )
@@ -115,12 +122,13 @@ def test_any_shape(B, T, H, HV, K, V, packed):
     initial_state = np.random.default_rng(1).standard_normal((N, HV, K, V))
     options = dict(scale=0.7, initial_state=initial_state, cu_seqlens=cu_seqlens)
     expected = recurrence(*inputs, **options)
-    for op in (chunk_kda, naive_recurrent_kda):
+    for op in (chunk_kda, naive_chunk_kda, naive_recurrent_kda):
         o, final_state = op(*inputs, output_final_state=True, **options)[:2]
         np.testing.assert_allclose(o, expected[0], rtol=0, atol=1e-12)
         np.testing.assert_allclose(final_state, expected[1], rtol=0, atol=1e-12)
 
 
+@slow
 def test_state_v_first_turns_the_states():
     inputs = draw(T=100, K=8, V=12, dtype=np.float64)
     initial_state = np.random.default_rng(1).standard_normal((1, 4, 8, 12))

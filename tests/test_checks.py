@@ -22,6 +22,7 @@ from tops.cpu.kda import (
     fused_recurrent_kda,
     kda_gate_chunk_cumsum,
     kda_gate_fwd,
+    naive_chunk_kda,
     naive_kda_gate,
     naive_kda_lowerbound_gate,
     naive_recurrent_kda,
@@ -31,6 +32,7 @@ from tops.cpu.kda import (
     recompute_w_u_fwd,
 )
 
+pytestmark = pytest.mark.unoptimized
 B, T, H, HV, K, V = 1, 8, 2, 4, 3, 5
 
 
@@ -383,6 +385,9 @@ STAGES = [
             (dict(cu_seqlens=CU, chunk_size=0), ValueError, "chunk_size: expected at least 1, got 0"),
         )
     ),
+    (naive_chunk_kda, GOOD | dict(chunk_size=2.0), TypeError, "chunk_size: expected an integer, got float"),
+    (naive_chunk_kda, GOOD | dict(chunk_size=0), ValueError, "chunk_size: expected at least 1, got 0"),
+    (naive_chunk_kda, GOOD | dict(scale="1"), TypeError, "scale: expected a number, got str"),
     (
         prepare_lens,
         dict(cu_seqlens=np.array([0, 5, 4])),
@@ -423,6 +428,7 @@ EVERYTHING = {
     chunk_kda_fwd: GOOD | STATE | GATE | dict(use_gate_in_kernel=True),
     fused_recurrent_kda: GOOD | STATE | GATE | dict(use_gate_in_kernel=True),
     naive_recurrent_kda: GOOD | STATE,
+    naive_chunk_kda: GOOD | STATE,
     context_parallel_kda: GOOD | STATE | GATE | dict(use_gate_in_kernel=True) | ONE_DEVICE,
     chunk_kda_fwd_intra: INTRA,
     recompute_w_u_fwd: WY | dict(q=GOOD["q"]),

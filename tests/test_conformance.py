@@ -42,6 +42,21 @@ LOST_TO_A_HAND_PICKED_TOLERANCE = {
 }
 
 
+pytestmark = pytest.mark.unoptimized
+slow = pytest.mark.slow
+# One a stage, in float32, and those of which more is asked below: the kit has one way for all.
+FEW_FAULTS = (
+    "gate_in_nats",
+    "gate_sum_runs_on",
+    "gate_of_the_other_head",
+    "Aqk_last_row_of_one_head",
+    "w_without_beta",
+    "h_behind_its_chunk",
+    "state_not_reset",
+    "o_one_percent_small",
+)
+
+
 @cache
 def judged(name, dtype):
     """The report on a fault, and whether a hand-picked tolerance passes it."""
@@ -66,14 +81,25 @@ def judged(name, dtype):
     return report, near
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ALL_FAULTS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(
+            *(name, dtype),
+            marks=[] if name in FEW_FAULTS and dtype == np.float32 else slow,
+            id=f"{name}-{dtype}",
+        )
+        for name in ALL_FAULTS
+        for dtype in DTYPES
+    ],
+)
 def test_flags_what_is_wrong_and_names_its_stage(name, dtype):
     report, _ = judged(name, dtype)
     assert not report.ok
     assert report.first_bad_stage == ALL_FAULTS[name].stage.partition(",")[0]
 
 
+@slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_hand_picked_tolerance_loses_some_of_them(dtype):
     assert {name for name in ALL_FAULTS if judged(name, dtype)[1]} == LOST_TO_A_HAND_PICKED_TOLERANCE
@@ -82,9 +108,10 @@ def test_a_hand_picked_tolerance_loses_some_of_them(dtype):
 @pytest.mark.parametrize(
     ("dtype", "cases"),
     [
-        *((dtype, "dense,weak,beta_2,packed,packed_masks") for dtype in DTYPES),
-        ("float16", "dense"),
-        ("float64", "dense"),
+        ("float32", "dense,weak,beta_2,packed,packed_masks"),
+        pytest.param("bfloat16", "dense,weak,beta_2,packed,packed_masks", marks=slow),
+        pytest.param("float16", "dense", marks=slow),
+        pytest.param("float64", "dense", marks=slow),
     ],
 )
 def test_passes_our_own_forward(dtype, cases):
@@ -93,7 +120,8 @@ def test_passes_our_own_forward(dtype, cases):
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("op", [kda.naive_recurrent_kda, kda.fused_recurrent_kda])
+@slow
+@pytest.mark.parametrize("op", [kda.naive_recurrent_kda, kda.naive_chunk_kda, kda.fused_recurrent_kda])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_passes_the_recurrences_through_the_adapter(op, dtype):
     report = check(op, "dense,equal_keys,masks,packed,raw", dtype, adapter=adapters.plain)
@@ -101,13 +129,16 @@ def test_passes_the_recurrences_through_the_adapter(op, dtype):
     assert not report.declined
 
 
+@slow
 def test_passes_our_stages_chained_by_hand():
     """They take their decays from the cumulative sum, as FLA's kernels do."""
     report = check(kernel(FAULTS["o_not_finite_once"]._replace(stage=""), None), "dense,weak", arrays="numpy")
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("name", ["dense", "packed", "resets", "raw"])
+@pytest.mark.parametrize(
+    "name", ["dense", *(pytest.param(x, marks=slow) for x in ("packed", "resets", "raw"))]
+)
 def test_goldens_are_what_the_oracle_says(name):
     """float64 against the suite's own recurrence, and against the definitions of the stages: 1e-12."""
     case = CATALOGUE[name]
@@ -176,6 +207,7 @@ def test_a_case_gives_the_options_that_it_is_about(op):
                 assert options[name] != parameters[name].default, (case.name, name)
 
 
+@slow
 def test_a_case_of_ones_own_where_no_sequence_has_a_token():
     """Nothing is off but a final state that is not the initial one."""
     case = Case("empty", "nothing but padding", B=1, T=192, cu_seqlens=9 * (0,))
@@ -282,6 +314,7 @@ def head_first_kda(q, k, v, g, beta, **options):
     return jnp.swapaxes(o, 1, 2), final_state
 
 
+@slow
 def test_adapters_for_other_layouts():
     assert check(head_first_kda, "dense", adapter=adapters.head_first).ok
 
@@ -293,6 +326,7 @@ def test_adapters_for_other_layouts():
     assert check(no_groups, "dense", adapter=lambda fn: adapters.plain(adapters.ungrouped(fn))).ok
 
 
+@slow
 @pytest.mark.parametrize(
     "adapter",
     [adapters.segment_ids, lambda fn: adapters.plain(adapters.segment_ids(fn))],
@@ -314,6 +348,7 @@ def test_segment_ids_are_those_of_the_sequences(adapter):
     assert report.declined == ["packed"]
 
 
+@slow
 def test_golden_files_there_and_back(tmp_path, capsys):
     """What our forward writes in bfloat16 passes; a row changed, a file lost, a golden changed, another
     catalogue are found. The same files are written again."""
@@ -377,6 +412,7 @@ def test_command_line(capsys):
     assert "expected package.module:function, got 'json'" in capsys.readouterr().err
 
 
+@slow
 def test_float64_where_x64_is_off():
     """The suite has it on; a user's command has it off."""
     command = [sys.executable, "-m", "tops.cpu.kda.testing", "check", "--dtype", "float64", "--case"]
@@ -394,10 +430,10 @@ def pytest_kda(directory, *options):
 @pytest.mark.parametrize(
     ("impl", "failed", "o", "final_state"),
     [
-        ("tops.cpu.kda:chunk_kda", 0, "PASSED", "PASSED"),
+        pytest.param("tops.cpu.kda:chunk_kda", 0, "PASSED", "PASSED", marks=slow),
         ("candidate:wrong", 1, "FAILED", "PASSED"),
-        ("candidate:declines_one_token", 0, "SKIPPED", "SKIPPED"),
-        ("candidate:declines", 1, "FAILED", "FAILED"),
+        pytest.param("candidate:declines_one_token", 0, "SKIPPED", "SKIPPED", marks=slow),
+        pytest.param("candidate:declines", 1, "FAILED", "FAILED", marks=slow),
     ],
 )
 def test_pytest_runs_one_test_a_case_and_tensor(impl, failed, o, final_state, tmp_path):
@@ -416,6 +452,7 @@ def test_pytest_runs_one_test_a_case_and_tensor(impl, failed, o, final_state, tm
     ]
 
 
+@slow
 def test_pytest_says_that_it_needs_a_kernel(tmp_path):
     run = pytest_kda(tmp_path)
     assert run.returncode != 0
@@ -431,10 +468,10 @@ def fails_on_packs(*, disable_recompute, cu_seqlens=None, **inputs):
 @pytest.mark.parametrize(
     "report",
     [
-        lambda: judged("Aqk_last_row_of_one_head", DTYPES[1])[0],
+        pytest.param(lambda: judged("Aqk_last_row_of_one_head", DTYPES[1])[0], marks=slow),
         lambda: judged("h_behind_its_chunk", DTYPES[0])[0],
         lambda: check(kda.chunk_kda_fwd, "dense"),
-        lambda: check(fails_on_packs, "dense,packed"),
+        pytest.param(lambda: check(fails_on_packs, "dense,packed"), marks=slow),
     ],
     ids=["scores", "states", "right", "raises"],
 )
@@ -452,6 +489,7 @@ def test_html_shows_the_verdict_and_pictures(report, tmp_path):
     assert "http" not in text  # nothing is fetched
 
 
+@slow
 def test_the_command_writes_html(tmp_path):
     pytest.importorskip("matplotlib", reason=NO_MATPLOTLIB)
     page = tmp_path / "report.html"

@@ -20,12 +20,14 @@ from tops.cpu.kda import (
     chunk_local_cumsum,
     fused_recurrent_kda,
     kda_gate_chunk_cumsum,
+    naive_chunk_kda,
     naive_recurrent_kda,
     prepare_chunk_indices,
     recompute_w_u_fwd,
 )
-from tops.cpu.kda.solve import invert
+from tops.cpu.kda.one_chunk.triangle import BlockLower, invert_blocks
 
+pytestmark = pytest.mark.unoptimized
 T, H, HV, K, V, C = 163, 1, 2, 6, 5, 32
 ENDS = np.array([0, 40, 40, 41, 111, 131])  # an empty sequence, one token, three chunks; 32 tokens of padding
 N = len(ENDS) - 1
@@ -89,6 +91,7 @@ CALLS = {
     "chunk_kda_fwd": every_field,
     "fused_recurrent_kda": whole(fused_recurrent_kda, A_log=np.zeros(HV, np.float32), **RAW),
     "naive_recurrent_kda": whole(naive_recurrent_kda),
+    "naive_chunk_kda": whole(naive_chunk_kda, chunk_size=C),
     "chunk_kda_fwd_intra": intra,
     "recompute_w_u_fwd": wy,
     "chunk_gated_delta_rule_fwd_h": state_pass,
@@ -103,6 +106,7 @@ INPUTS = {
     "chunk_kda_fwd": WHOLE,
     "fused_recurrent_kda": WHOLE,
     "naive_recurrent_kda": WHOLE,
+    "naive_chunk_kda": WHOLE,
     "chunk_kda_fwd_intra": ("q", "k", "v", "gk", "beta"),
     "recompute_w_u_fwd": ("q", "k", "v", "gk", "beta", "A"),
     "chunk_gated_delta_rule_fwd_h": ("kg", "w", "u", "gk", "g", "initial_state"),
@@ -249,4 +253,5 @@ def test_the_inverse_of_a_block_reads_below_its_diagonal_alone():
     """Above it lie zeros times beta, NaN where beta is: the bits of the inverse do not change."""
     L = np.tril(np.random.default_rng(0).standard_normal((2, 3, 16, 16)), -1)
     dirty = np.where(np.tri(16, k=-1, dtype=bool), L, np.nan)
-    np.testing.assert_array_equal(invert(jnp.asarray(dirty)), invert(jnp.asarray(L)))
+    inverses = [invert_blocks(BlockLower(jnp.asarray(x), ())) for x in (dirty, L)]
+    np.testing.assert_array_equal(*inverses)

@@ -8,6 +8,7 @@ import pytest
 
 from tops.cpu.kda.__main__ import parse_args
 
+pytestmark = pytest.mark.unoptimized
 DEMO = [sys.executable, "-W", "error", "-m", "tops.cpu.kda"]
 
 

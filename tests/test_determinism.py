@@ -38,7 +38,8 @@ def in_a_process(threads):
     """`bits` and the number of XLA's threads, with that many asked for: PJRT reads NPROC before the cores."""
     run = subprocess.run(
         [sys.executable, "-c", "import conftest, test_determinism as t; print(*t.bits(), t.xla_threads())"],
-        env=os.environ | dict(NPROC=str(threads), PYTHONPATH=os.pathsep.join(sys.path)),
+        env=os.environ
+        | dict(NPROC=str(threads), PYTHONPATH=os.pathsep.join(sys.path), JAX_ENABLE_COMPILATION_CACHE="0"),
         capture_output=True,
         text=True,
         check=True,
@@ -56,8 +57,9 @@ def test_again():
     assert bits() == bits()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
-def test_in_other_processes_with_one_thread_and_more():
+def test_in_other_processes_with_one_thread_and_more(compiled_anew):
     expected = bits()
     for threads in (1, 2):
         digests, number = in_a_process(threads)

@@ -4,14 +4,16 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from inputs import draw
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
-from tops.cpu.kda import context_parallel_kda
+from tops.cpu.kda import chunk_kda, context_parallel_kda
 
 TESTS = Path(__file__).parent
 
@@ -24,11 +26,13 @@ def run(*command, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_on_eight_devices():
     tests = str(TESTS / "devices" / "on_eight_devices.py")
     print(run("-m", "pytest", "-q", tests, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
 
 
+@pytest.mark.slow
 def test_processes_give_the_bits_of_devices():
     """2 and 4 processes against 2 and 4 devices of one process, and all against one device."""
     script = str(TESTS.parent / "examples" / "distributed.py")
@@ -39,6 +43,32 @@ def test_processes_give_the_bits_of_devices():
     for _, devices, error, received, _ in rows:
         assert float(error) <= 1e-6
         assert int(received.replace(",", "")) == (int(devices) - 1) * 4 * 2 * 16 * (16 + 16)
+
+
+@pytest.mark.unoptimized
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_device_is_a_mesh_too(packed):
+    """What it computes is `chunk_kda`'s, packed with its gradients: the fast tier's word for the eight."""
+    x = draw(T=70, H=1, HV=2, K=8, V=4, dtype=np.float64)
+    options = dict(cu_seqlens=np.array([0, 33, 70]) if packed else None, chunk_size=32)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("time",))
+
+    @partial(jax.jit, static_argnums=0)
+    def results_and_gradients(op, *x):
+        def results(*x):
+            return op(*x, **options, output_final_state=True)
+
+        if not packed:
+            return results(*x)
+        made, pull = jax.vjp(results, *x)
+        return made, pull(made)
+
+    made, expected = (
+        jax.tree.leaves(results_and_gradients(op, *x))
+        for op in (partial(context_parallel_kda, mesh=mesh, axis_name="time"), chunk_kda)
+    )
+    for y, z in zip(made, expected, strict=True):
+        np.testing.assert_allclose(y, z, rtol=0, atol=1e-12)
 
 
 MESH = AbstractMesh((2, 3), ("rows", "time"))

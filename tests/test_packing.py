@@ -8,6 +8,7 @@ from oracle import relative_error
 
 from tops.cpu.kda import chunk_kda, chunk_kda_fwd, naive_recurrent_kda
 
+slow = pytest.mark.slow
 T = 320
 LENGTHS = [70, 0, 1, 70, 0]  # 179 tokens of padding follow
 CU_SEQLENS = np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int32)
@@ -21,7 +22,12 @@ def packed_inputs(dtype=np.float32, regime="weak", HV=4):
 
 @pytest.mark.parametrize(
     ("dtype", "chunk_size"),
-    [(np.float32, 64), (np.float64, 16), (np.float16, 32), ("bfloat16", 32)],
+    [
+        (np.float32, 64),
+        pytest.param(np.float64, 16, marks=slow),
+        pytest.param(np.float16, 32, marks=slow),
+        pytest.param("bfloat16", 32, marks=slow),
+    ],
 )
 def test_packed_equals_alone(dtype, chunk_size):
     """Bit for bit: a chunk's arithmetic depends on nothing but its own tokens and state."""
@@ -50,7 +56,7 @@ def test_packed_equals_alone(dtype, chunk_size):
         np.testing.assert_array_equal(final[n], final_alone[0])
 
 
-@pytest.mark.parametrize("length", [1, 70])
+@pytest.mark.parametrize("length", [70, pytest.param(1, marks=slow)])
 def test_packed_equals_dense(length):
     inputs, states = packed_inputs()
     inputs = [x[:, :length] for x in inputs]
@@ -86,7 +92,7 @@ def test_causal(t, cu_seqlens):
     assert not np.array_equal(o, o_changed)
 
 
-@pytest.mark.parametrize("t", [1, 64, 133])
+@pytest.mark.parametrize("t", [133, pytest.param(1, marks=slow), pytest.param(64, marks=slow)])
 def test_appending_changes_nothing_before(t):
     inputs, _ = packed_inputs(regime="logsigmoid")
     o, _ = chunk_kda(*inputs)
@@ -128,6 +134,7 @@ def test_the_program_does_not_grow(packed):
     assert operations(256, 2) == operations(4096, 100)
 
 
+@slow
 def test_vmap_and_jit_agree_with_eager():
     """vmap over packed calls that differ in values and packing."""
     inputs = [np.stack(pair) for pair in zip(draw(T=100, K=8, seed=0), draw(T=100, K=8, seed=1), strict=True)]

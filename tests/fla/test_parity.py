@@ -35,6 +35,13 @@ CASES = dict(
 )
 
 
+# The interpreter takes seconds a case. These have every kernel, both gates, both chunk sizes, packing, GVA
+# and both state layouts; `make test-fla-all` runs the others too.
+FEW = ("dense_32", "packed", "packed_32", "softplus_bias", "sigmoid_A_bias", "safe_gate")
+slow = pytest.mark.slow
+ALL_CASES = [*FEW, *(pytest.param(case, marks=slow) for case in CASES if case not in FEW)]
+
+
 def prepare(sizes, options, regime="logsigmoid", dtype=np.float32):
     """The inputs and the keyword arguments that both take."""
     q, k, v, g, beta = draw(regime, **dict(H=2, K=32) | sizes)
@@ -109,7 +116,7 @@ def distance(x, y):
     return np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_float32(case):
     """Every field is within 5e-6 of FLA's."""
     fields = every_field(*fla_forward(case))
@@ -144,7 +151,7 @@ def test_masking_gates():
 
 
 @pytest.mark.parametrize("dtype", kernels.STORAGE_DTYPES)
-@pytest.mark.parametrize("case", ["dense", "packed_32", "softplus_bias"])
+@pytest.mark.parametrize("case", ["packed_32", "softplus_bias", pytest.param("dense", marks=slow)])
 def test_storage_dtype(case, dtype):
     """With FLA's roundings o and the final state come at least 4 times nearer to FLA's, and 99.9 % of every
     field that FLA rounds is within 2 ulp. Not all: where the two float32 results lie on either side of a
@@ -192,7 +199,14 @@ def test_stages(case, dtype):
     check(o=o)
 
 
-@pytest.mark.parametrize("case", ["softplus", "softplus_bias", "sigmoid", "sigmoid_bias", "sigmoid_A_bias"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "softplus_bias",
+        "sigmoid_A_bias",
+        *(pytest.param(x, marks=slow) for x in ("softplus", "sigmoid", "sigmoid_bias")),
+    ],
+)
 def test_gates(case):
     """The gate alone, and its sum over chunks: within 1e-6 of FLA's."""
     (_, _, _, g, _), options = prepare(*CASES[case])
@@ -220,10 +234,12 @@ RAW = dict(use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
 @pytest.mark.parametrize(
     ("case", "raw"),
     [
-        ("dense", dict()),
-        ("wide", dict(use_qk_l2norm_in_kernel=True)),
-        ("gva", dict(use_beta_sigmoid_in_kernel=True)),
-        ("state_v_first", dict(use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True)),
+        pytest.param("dense", dict(), marks=slow),
+        pytest.param("wide", dict(use_qk_l2norm_in_kernel=True), marks=slow),
+        pytest.param("gva", dict(use_beta_sigmoid_in_kernel=True), marks=slow),
+        pytest.param(
+            "state_v_first", dict(use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True), marks=slow
+        ),
         ("softplus_bias", RAW | dict(allow_neg_eigval=True)),
         ("sigmoid_A_bias", RAW),
     ],
