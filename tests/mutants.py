@@ -157,9 +157,7 @@ def main():
             print(f"{i + 1:3} of {len(chosen)}  {file:20} {what:70} {verdict} ({seconds:.0f} s)", flush=True)
             if test is None:
                 survivors.append(what)
-            elif (
-                record.get(what, {}).get("test") != test
-            ):  # as long as it finds it, the record stays as it is
+            else:
                 record[what] = dict(test=test, seconds=round(took, 1))
     record = {what: record[what] for *_, what in MUTANTS if what in record and what not in survivors}
     RECORD.write_text(json.dumps(record, indent=2) + "\n")
