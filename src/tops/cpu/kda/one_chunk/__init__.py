@@ -48,7 +48,8 @@ def backward(S, e, q, k, g, beta, scale, d_S_out, d_o):
     e [..., C, V] is `forward`'s, v_new = beta e. Without q there is no d_o, and d_q is None.
     """
     a = jnp.exp(g)
-    chunk, v_new = intra(q, k, a), beta[..., None] * e
+    # Only a forward's results of 16 bits need the shorter sums.
+    chunk, v_new = intra(q, k, a, in_halves=False), beta[..., None] * e
     d_v_new = 0
     if q is not None:
         d_o = scale * d_o

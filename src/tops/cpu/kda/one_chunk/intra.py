@@ -86,7 +86,7 @@ def _by_turns(q, k):
 
 
 def _scores_in_halves(x, y):
-    """x y^T, the sum over channels in two halves: a shorter sum rounds less."""
+    """x y^T, the sum over channels in two halves."""
     return _sum(matmul_nt(_channel_halves(x), _channel_halves(y)))
 
 
@@ -107,15 +107,17 @@ def _sum(z):
     return sum(z[..., i, :, :] for i in range(z.shape[-3]))
 
 
-def intra(q, k, a):
+def intra(q, k, a, in_halves=True):
     """Stage 1 by doubling.
 
         Aqk[i,j] = sum_d q_i k_j D(i<-j), j <= i      qg = q D(i<-0)      kg = k D(C<-j)
         A[i,j]   = sum_d k_i k_j D(i<-j), j <  i      k_in = k D(i<-0)    decay = D(C<-0)
 
-    q, k, a = exp(g) [..., C, K]; C a power of two, 16 or more; q is None where nothing is read. Returns an
+    q, k, a = exp(g) [..., C, K]; C a power of two, 16 or more; q is None where nothing is read. With
+    `in_halves` the scores are sums of two halves of the channels: a shorter sum rounds less. Returns an
     `Intra`.
     """
+    scores_of = _scores_in_halves if in_halves else matmul_nt
     *lead, C, K = a.shape
     x = jnp.stack([k] if q is None else [q, k], axis=-2)
     rows = barrier((x * a[..., None, :]).reshape(*lead, -1, K))
@@ -126,7 +128,7 @@ def intra(q, k, a):
     while s < C:
         levels += ((rows, cols, total),)
         n = C // (2 * s)
-        scores = _scores_in_halves(halves(rows, n)[1], halves(cols, n)[0])
+        scores = scores_of(halves(rows, n)[1], halves(cols, n)[0])
         if s < BLOCK:
             diagonal = join_below(diagonal, scores)
         else:
