@@ -44,10 +44,10 @@ coverage: $(VENV)/.installed
 	$(BIN)/python -m coverage report
 
 test-fla: $(VENV)-fla/.installed
-	$(VENV)-fla/bin/python -m pytest -n auto --dist worksteal tests/fla -m 'not slow'
+	$(VENV)-fla/bin/python -m pytest -n auto --dist loadgroup tests/fla -m 'not slow'
 
 test-fla-all: $(VENV)-fla/.installed
-	$(VENV)-fla/bin/python -m pytest -n auto --dist worksteal tests/fla
+	$(VENV)-fla/bin/python -m pytest -n auto --dist loadgroup tests/fla
 
 conformance: $(VENV)/.installed
 	for dtype in float32 bfloat16 float16 float64; do \

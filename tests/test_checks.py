@@ -11,15 +11,21 @@ import pytest
 
 import tops.cpu.kda
 from tops.cpu.kda import (
+    chunk_gated_delta_rule_bwd_dhu,
     chunk_gated_delta_rule_fwd_h,
     chunk_gla_fwd_o_gk,
     chunk_kda,
+    chunk_kda_bwd,
+    chunk_kda_bwd_dAv,
+    chunk_kda_bwd_intra,
+    chunk_kda_bwd_wy_dqkg_fused,
     chunk_kda_fwd,
     chunk_kda_fwd_intra,
     chunk_local_cumsum,
     context_parallel_kda,
     fused_kda_gate,
     fused_recurrent_kda,
+    kda_gate_bwd,
     kda_gate_chunk_cumsum,
     kda_gate_fwd,
     naive_chunk_kda,
@@ -251,6 +257,17 @@ STATE_PASS = dict(k=GOOD["k"], w=GOOD["g"], u=GOOD["v"], gk=GOOD["g"])
 OUTPUT = dict(q=GOOD["q"], v=GOOD["v"], g=GOOD["g"], A=A, h=zeros(B, 1, HV, K, V), scale=1.0)
 WY = dict(k=GOOD["k"], v=GOOD["v"], beta=GOOD["beta"], A=A, gk=GOOD["g"])
 INTRA = dict(q=GOOD["q"], k=GOOD["k"], v=GOOD["v"], gk=GOOD["g"], beta=GOOD["beta"])
+H_STATE = zeros(B, 1, HV, K, V)
+QKV = {name: GOOD[name] for name in ("q", "k", "v")}
+BACKWARD = GOOD | dict(Aqk=A, Akk=A, scale=1.0, initial_state=zeros(B, HV, K, V), do=GOOD["v"])
+BACKWARD |= dict(dht=BACKWARD["initial_state"])
+SAVED = dict(w=GOOD["g"], qg=GOOD["g"], kg=GOOD["g"], v_new=GOOD["v"], h=H_STATE, disable_recompute=True)
+DAV = QKV | dict(do=GOOD["v"], A=A)
+DHU = dict(q=GOOD["g"], k=GOOD["g"], w=GOOD["g"], do=GOOD["v"], dv=GOOD["v"], g=GOOD["beta"], gk=GOOD["g"])
+DHU |= dict(h0=BACKWARD["initial_state"], dht=BACKWARD["initial_state"])
+FUSED = GOOD | dict(v_new=GOOD["v"], A=A, h=H_STATE, do=GOOD["v"], dh=H_STATE, dv=GOOD["v"])
+BWD_INTRA = {name: GOOD[name] for name in ("q", "k", "g", "beta")} | dict(dAqk=A, dAkk=A)
+BWD_INTRA |= dict(dq=GOOD["g"], dk=GOOD["g"], db=GOOD["beta"], dg=GOOD["g"])
 STAGES = [
     (chunk_kda, GOOD | LAYOUT, ValueError, BOTH),
     (chunk_kda_fwd, GOOD | LAYOUT, ValueError, BOTH),
@@ -371,6 +388,78 @@ STAGES = [
         ValueError,
         "g: expected a shape [B, T, HV, K], got (4, 3)",
     ),
+    (
+        kda_gate_bwd,
+        dict(g=GOOD["g"], A_log=zeros(HV), dyg=GOOD["k"]),
+        ValueError,
+        "dyg: expected g's shape (1, 8, 4, 3), got (1, 8, 2, 3)",
+    ),
+    (
+        chunk_kda_bwd_dAv,
+        DAV | dict(A=zeros(B, T, HV, 32)),
+        ValueError,
+        "A: expected [B, T, HV, C] = (1, 8, 4, 64), got (1, 8, 4, 32)",
+    ),
+    (
+        chunk_gated_delta_rule_bwd_dhu,
+        DHU | dict(h0=zeros(2, HV, K, V)),
+        ValueError,
+        "h0: expected [N, HV, K, V] = (1, 4, 3, 5), got (2, 4, 3, 5)",
+    ),
+    (
+        chunk_kda_bwd_wy_dqkg_fused,
+        FUSED | dict(dh=zeros(B, 1, HV, V, K)),
+        ValueError,
+        "dh: expected [B, NT, HV, K, V] = (1, 1, 4, 3, 5), got (1, 1, 4, 5, 3)",
+    ),
+    (
+        chunk_kda_bwd_intra,
+        BWD_INTRA | dict(dq=GOOD["q"]),
+        ValueError,
+        "dq: expected [B, T, HV, K] = (1, 8, 4, 3), got (1, 8, 2, 3)",
+    ),
+    *(
+        (chunk_kda_bwd, BACKWARD | row[0], *row[1:])
+        for row in (
+            (dict(do=None), TypeError, f"do: expected {FLOATS}, got NoneType"),
+            (dict(scale="1"), TypeError, "scale: expected a number, got str"),
+            (
+                dict(Akk=zeros(B, T, HV, 32)),
+                ValueError,
+                "Akk: expected [B, T, HV, C] = (1, 8, 4, 64), got (1, 8, 4, 32)",
+            ),
+            (
+                dict(dht=zeros(B, HV, V, K)),
+                ValueError,
+                "dht: expected [N, HV, K, V] = (1, 4, 3, 5), got (1, 4, 5, 3)",
+            ),
+            (
+                SAVED | dict(kg=None),
+                ValueError,
+                "kg: expected the forward's kg with disable_recompute, got None",
+            ),
+            (
+                dict(g=None),
+                ValueError,
+                "g: expected the forward's cumulative sums of the log decays, got None",
+            ),
+            (
+                dict(g_org=GOOD["g"]),
+                ValueError,
+                "g_org: expected None without use_gate_in_kernel, got an array of float32",
+            ),
+            (
+                dict(use_gate_in_kernel=True, A_log=zeros(HV)),
+                ValueError,
+                "g_org: expected the raw gates with use_gate_in_kernel, got None",
+            ),
+            (
+                dict(use_gate_in_kernel=True, g_org=GOOD["g"]),
+                ValueError,
+                "A_log: expected an array [HV] for the gate unless lower_bound is given, got None",
+            ),
+        )
+    ),
     *(
         (op, dict(chunk_size=64) | row[0], *row[1:])
         for op in (prepare_chunk_offsets, prepare_chunk_indices)
@@ -434,6 +523,12 @@ EVERYTHING = {
     recompute_w_u_fwd: WY | dict(q=GOOD["q"]),
     chunk_gated_delta_rule_fwd_h: STATE_PASS | STATE | dict(g=GOOD["beta"]),
     chunk_gla_fwd_o_gk: OUTPUT,
+    chunk_kda_bwd: BACKWARD | SAVED | GATE | dict(use_gate_in_kernel=True, g_org=GOOD["g"]),
+    chunk_kda_bwd_dAv: DAV,
+    chunk_gated_delta_rule_bwd_dhu: DHU,
+    chunk_kda_bwd_wy_dqkg_fused: FUSED,
+    chunk_kda_bwd_intra: BWD_INTRA,
+    kda_gate_bwd: GATE | dict(g=GOOD["g"], dyg=GOOD["g"]),
     chunk_local_cumsum: dict(g=GOOD["g"], chunk_size=64),
     kda_gate_chunk_cumsum: GATE | dict(g=GOOD["g"], chunk_size=64),
     kda_gate_fwd: GATE | dict(g=GOOD["g"]),
@@ -462,7 +557,7 @@ def refusal_of(op, arguments, kind):
 
 def test_the_table_leaves_no_op_and_no_array_out():
     helpers = {prepare_lens, prepare_chunk_offsets, prepare_chunk_indices}
-    public = {getattr(tops.cpu.kda, name) for name in tops.cpu.kda.__all__ if name != "ChunkKDAForward"}
+    public = {getattr(tops.cpu.kda, name) for name in tops.cpu.kda.__all__ if name[0] != "C"}
     assert public == {*EVERYTHING, *helpers}
     packing = {"cu_seqlens", "chunk_indices"}
     for op, given in EVERYTHING.items():

@@ -50,6 +50,7 @@ with pytest.MonkeyPatch.context() as patch:
     intra = pytest.importorskip("fla.ops.kda.chunk_intra")
     forward = pytest.importorskip("fla.ops.kda.chunk_fwd")
     delta_h = pytest.importorskip("fla.ops.common.chunk_delta_h")
+    backward = pytest.importorskip("fla.ops.kda.chunk_bwd")
 
 intra.SOLVE_TRIL_DOT_PRECISION = intra.SAFE_GATE_DOT_PRECISION = triton.language.constexpr("ieee")
 if not CUDA:
@@ -73,3 +74,38 @@ def run(op, *args, **kwargs):
     with np.errstate(all="ignore"), torch.no_grad():  # lanes that are masked away overflow
         made = op(*args, **kwargs)
     return tuple(map(to_numpy, made)) if isinstance(made, tuple) else to_numpy(made)
+
+
+BACKWARD_STAGES = (
+    "chunk_kda_bwd_dAv",
+    "chunk_gated_delta_rule_bwd_dhu",
+    "chunk_kda_bwd_wy_dqkg_fused",
+    "chunk_kda_bwd_intra",
+    "kda_gate_bwd",
+)
+
+
+def chunk_kda_bwd(*args, **kwargs):
+    """FLA's `chunk_kda_bwd`, and {stage: (its arguments by name, what it returned)} of the stages it runs."""
+    stages = {}
+
+    def recorded(name, stage):
+        def run(**arguments):
+            given = {
+                key: copied(x) for key, x in arguments.items()
+            }  # a stage may write over what it is given
+            made = stage(**arguments)
+            stages[name] = given, tuple(map(copied, made))
+            return made
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in BACKWARD_STAGES:
+            patch.setattr(backward, name, recorded(name, getattr(backward, name)))
+        made = run(backward.chunk_kda_bwd, *args, **kwargs)
+    return made, stages
+
+
+def copied(x):
+    return to_numpy(x).copy() if torch.is_tensor(x) else x

@@ -25,6 +25,7 @@ def l2norm(x):
     return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2NORM_EPS)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
 def log_decay(g, A_log, dt_bias, lower_bound):
     """The log decay, in nats, of raw gates g [..., HV, K]; A_log [HV] and dt_bias [HV * K] may be None.
 
@@ -35,6 +36,15 @@ def log_decay(g, A_log, dt_bias, lower_bound):
     if lower_bound is None:
         return -jnp.exp(A_log)[:, None] * jax.nn.softplus(g)
     return float(lower_bound) * jax.nn.sigmoid(g if A_log is None else jnp.exp(A_log)[:, None] * g)
+
+
+@log_decay.defjvp
+def _log_decay_jvp(lower_bound, primals, tangents):
+    """An infinite gate has the tangents of a huge one: its own are 0 times infinity."""
+    g, *parameters = primals
+    finite = jnp.clip(g, -1e30, 1e30), *parameters
+    _, tangent = jax.jvp(lambda *x: log_decay.fun(*x, lower_bound), finite, tangents)
+    return log_decay(*primals, lower_bound), tangent
 
 
 def activate(q, k, g, beta, A_log, dt_bias, activations, store):

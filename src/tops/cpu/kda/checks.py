@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .chunking import concrete, max_num_chunks, prepare_chunk_indices
+from .chunking import concrete, exact_num_chunks, max_num_chunks, prepare_chunk_indices
 
 CHUNK_SIZES = (16, 32, 64, 128)
 FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -67,6 +67,12 @@ def tensor(name, x, letters, sizes):
     )
     _require(min(x.shape) >= 1, name, f"{shape} with each of at least 1", tuple(x.shape))
     sizes.update(zip(letters, x.shape, strict=True))
+
+
+def tensors(sizes, **given):
+    """`tensor` for each of {name: (x, letters)}."""
+    for name, (x, letters) in given.items():
+        tensor(name, x, letters, sizes)
 
 
 def grouped(name, sizes):
@@ -175,6 +181,41 @@ def chunks(chunk_size, cu_seqlens, chunk_indices, T):
     return chunk_size
 
 
+def stage(sizes, chunk_size, cu_seqlens, chunk_indices):
+    """What every stage op of the backward takes beside its tensors; returns chunk_size, and NT as it is exact
+    where it is known. `sizes` learns N, C and NT."""
+    sequences(cu_seqlens, sizes)
+    sizes["C"] = chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    sizes["NT"] = exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, sizes["C"])
+    return sizes["C"], sizes["NT"]
+
+
+def backward(
+    q, k, v, beta, Aqk, Akk, initial_state, do, dht, g, g_org, state_v_first, use_gate_in_kernel,
+    chunk_size, cu_seqlens, chunk_indices, saved,
+):  # fmt: skip
+    """The contract of `chunk_kda_bwd`; `saved` is what it does not make again."""
+    flags(use_gate_in_kernel=use_gate_in_kernel)
+    sizes = {}
+    tensors(sizes, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"))
+    grouped("v", sizes)
+    stage(sizes, chunk_size, cu_seqlens, chunk_indices)
+    state = "HV V K" if state_v_first else "HV K V"
+    needed = dict(beta=(beta, "B T HV"), Aqk=(Aqk, "B T HV C"), Akk=(Akk, "B T HV C"), do=(do, "B T HV V"))
+    optional = dict(initial_state=(initial_state, f"N {state}"), dht=(dht, f"N {state}"))
+    optional |= dict(g=(g, "B T HV K"), g_org=(g_org, "B T HV K"))
+    letters = dict.fromkeys(("w", "qg", "kg"), "B T HV K") | dict(v_new="B T HV V", h=f"B NT {state}")
+    for name, x in saved.items():
+        _require(x is not None, name, f"the forward's {name} with disable_recompute", "None")
+        needed[name] = x, letters[name]
+    tensors(sizes, **needed, **{name: given for name, given in optional.items() if given[0] is not None})
+    has_g = g is not None or (use_gate_in_kernel and not saved)
+    _require(has_g, "g", "the forward's cumulative sums of the log decays", "None")
+    raw = "the raw gates with use_gate_in_kernel" if use_gate_in_kernel else "None without use_gate_in_kernel"
+    came = "None" if g_org is None else _describe(g_org)
+    _require((g_org is not None) == use_gate_in_kernel, "g_org", raw, came)
+
+
 def cumsum(g, letters, chunk_size, scale, cu_seqlens, chunk_indices):
     """The contract of the chunk-local cumulative sums; returns chunk_size and the scale, 1 for None."""
     sizes = {}
@@ -216,6 +257,12 @@ def raw_gate(g, A_log, dt_bias, lower_bound):
         if x is not None:
             tensor(name, x, letters, {letters: size})
             _no_wider(name, x, "g", g.dtype)
+
+
+def like(name, x, other, y):
+    """x is a floating array of y's shape."""
+    _floating(name, x)
+    _require(x.shape == y.shape, name, f"{other}'s shape {tuple(y.shape)}", tuple(x.shape))
 
 
 def sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval):

@@ -1,4 +1,4 @@
-"""Stage 3 on its own: the state from chunk to chunk."""
+"""Stage 3 on its own, forward and backward: the state from chunk to chunk."""
 
 from functools import partial
 
@@ -8,7 +8,8 @@ from jax import lax
 
 from . import checks, chunking
 from .one_chunk.decay import from_cumsum
-from .one_chunk.state import next_state, u_less_w_S
+from .one_chunk.state import next_state, u_less_w_S, u_less_w_S_backward
+from .one_chunk.xla import matmul, matmul_tn
 from .rounding import storage
 
 
@@ -117,3 +118,108 @@ def _chunk_gated_delta_rule_fwd_h(
     states, (h, v_new) = lax.scan(step, states, (chunks.table.sequence, w, u, k, decay))
     h = chunking.merge_states(h, state_v_first).astype(storage_dtype or dtype)
     return h, chunks.merge(v_new, storage_dtype), chunking.turn(states, state_v_first)
+
+
+def chunk_gated_delta_rule_bwd_dhu(
+    q,
+    k,
+    w,
+    do,
+    dv,
+    g=None,
+    gk=None,
+    h0=None,
+    dht=None,
+    scale=None,
+    state_v_first=False,
+    cu_seqlens=None,
+    chunk_size=64,
+    chunk_indices=None,
+    *,
+    storage_dtype=None,
+):
+    """Stage 3 backwards, on its own: the cotangent of the state, from the last chunk to the first.
+
+        dv <- dv + (k * d) dh      dh <- D(C<-0) dh + scale (q * c)^T do - w^T dv
+
+    with D(C<-0) from the last row of g and gk, and d = exp2(g_C - g_j), c = exp2(g_i) of the scalar gate
+    alone: KDA passes q = qg and k = kg, which hold their decays already, and gk.
+
+    Args:
+        q, k: [B, T, Hk, K], float64, float32, bfloat16 or float16, as everything here; Hk divides HV.
+        w: [B, T, HV, K].
+        do: [B, T, HV, V], the cotangent of o.
+        dv: [B, T, HV, V], what v_new gets from o, of `chunk_kda_bwd_dAv`.
+        g: [B, T, HV] or None, chunk-local cumulative sum of a scalar log decay, log2, finite.
+        gk: [B, T, HV, K] or None, the same per key channel.
+        h0: [N, HV, K, V], the initial state, for its shape; None where there was none.
+        dht: [N, HV, K, V], the cotangent of the final state, or None for zeros.
+        scale: a number; None is K ** -0.5.
+        state_v_first: states are [..., V, K].
+        cu_seqlens, chunk_size, chunk_indices: as for `chunk_kda_fwd`.
+        storage_dtype: round dh, dv and the operands of the products to it; None keeps them.
+
+    Returns:
+        dh [B, NT, HV, K, V], the cotangent of the state that leaves each chunk, dh0 [N, HV, K, V], that of
+        the initial state, or None without h0, and dv [B, T, HV, V], that of v_new. dh and dv in
+        `storage_dtype`, or else in the arithmetic's dtype, the widest of the arguments, float32 or wider; dh0
+        in that dtype always. dv is zero at padding.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: `fla.ops.common.chunk_delta_h.chunk_gated_delta_rule_bwd_dhu`.
+    """
+    checks.flags(state_v_first=state_v_first)
+    sizes = {}
+    checks.tensors(sizes, q=(q, "B T H K"), k=(k, "B T H K"), w=(w, "B T HV K"))
+    checks.grouped("w", sizes)
+    checks.tensors(sizes, do=(do, "B T HV V"), dv=(dv, "B T HV V"))
+    if g is not None:
+        checks.tensor("g", g, "B T HV", sizes)
+    if gk is not None:
+        checks.tensor("gk", gk, "B T HV K", sizes)
+    chunk_size, NT = checks.stage(sizes, chunk_size, cu_seqlens, chunk_indices)
+    for name, x in dict(h0=h0, dht=dht).items():
+        if x is not None:
+            checks.tensor(name, x, "N HV V K" if state_v_first else "N HV K V", sizes)
+    dh, dh0, dv = _chunk_gated_delta_rule_bwd_dhu(
+        *(q, k, w, do, dv, g, gk, dht, cu_seqlens),
+        scale=checks.number_or("scale", scale, sizes["K"] ** -0.5),
+        **dict(NT=NT, C=chunk_size, state_v_first=state_v_first, storage_dtype=checks.storage(storage_dtype)),
+    )
+    return dh, None if h0 is None else dh0, dv
+
+
+@partial(jax.jit, static_argnames=("NT", "C", "scale", "state_v_first", "storage_dtype"))
+def _chunk_gated_delta_rule_bwd_dhu(
+    q, k, w, d_o, dv, g, gk, dht, cu_seqlens, *, NT, C, scale, state_v_first, storage_dtype
+):
+    T, HV, V = d_o.shape[1:]
+    given = [x for x in (q, k, w, d_o, dv, g, gk, dht) if x is not None]
+    dtype = jnp.result_type(jnp.float32, *given)
+    store = storage(storage_dtype)
+    chunks = chunking.Split(cu_seqlens, NT, T, C, HV, dtype)
+    q, k, w, d_o, dv = (chunks.split(x) for x in (q, k, w, d_o, dv))
+    decay = jnp.ones((*w.shape[:-2], w.shape[-1]), dtype)
+    if g is not None:
+        D_in, D_out, total = from_cumsum(chunks.split_cumsum(g)[..., None], use_exp2=True)
+        q, k, decay = q * D_in, k * D_out, decay * total
+    if gk is not None:
+        decay = decay * from_cumsum(chunks.split_cumsum(gk), use_exp2=True)[2]
+    packed = cu_seqlens is not None
+    N = cu_seqlens.shape[0] - 1 if packed else w.shape[1]
+    d_states = chunking.first_states(dht, N, HV, w.shape[-1], V, state_v_first, dtype)
+    qg_d_o = scale * matmul_tn(store(q), store(d_o))
+
+    def step(d_states, chunk):
+        n, w, k, decay, qg_d_o, dv = chunk
+        d_S_out = chunking.read_state(d_states, n, packed)
+        dv = store(dv + matmul(k, store(d_S_out)))
+        d_S = decay[..., None] * d_S_out + qg_d_o + u_less_w_S_backward(w, dv)
+        return chunking.write_state(d_states, d_S, n, packed), (d_S_out, dv)
+
+    scanned = chunks.table.sequence, w, k, decay, qg_d_o, dv
+    d_states, (dh, dv) = lax.scan(step, d_states, scanned, reverse=True)
+    dh = chunking.merge_states(dh, state_v_first).astype(storage_dtype or dtype)
+    return dh, chunking.turn(d_states, state_v_first), chunks.merge(dv, storage_dtype)

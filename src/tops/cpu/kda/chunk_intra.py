@@ -1,4 +1,4 @@
-"""Stages 1 and 2 on their own."""
+"""Stages 1 and 2 on their own, and stage 1 backwards."""
 
 from functools import partial
 
@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from . import checks, chunking, one_chunk
-from .one_chunk.decay import of_tokens
-from .one_chunk.intra import intra
-from .rounding import storage
+from .one_chunk.decay import from_cumsum, of_tokens, of_tokens_backward
+from .one_chunk.intra import intra, scores_backward
+from .rounding import beta_k_storage, storage
 
 
 def chunk_kda_fwd_intra(
@@ -84,7 +84,81 @@ def _chunk_kda_fwd_intra(q, k, v, gk, beta, cu_seqlens, *, NT, C, scale, use_exp
     T, HV = v.shape[1:3]
     store = storage(storage_dtype)
     chunks = chunking.Split(cu_seqlens, NT, T, C, HV, jnp.result_type(jnp.float32, q, k, v, gk, beta))
-    a = of_tokens(chunks.split_cumsum(gk), use_exp2)
+    store_beta_k = beta_k_storage(storage_dtype, beta.dtype)
+    gk = chunks.split_cumsum(gk)
     q, k, v, beta = (chunks.split(x) for x in (q, k, v, beta))
-    made = one_chunk.matrices(intra(q, k, a), v, beta, scale, store)
+    beta_k_in = store_beta_k(beta[..., None] * k) * from_cumsum(gk, use_exp2)[0]
+    made = one_chunk.matrices(intra(q, k, of_tokens(gk, use_exp2)), v, beta, scale, store, beta_k_in)
     return tuple(chunks.merge(made[x], storage_dtype) for x in ("w", "u", "qg", "kg", "Aqk", "Akk"))
+
+
+def chunk_kda_bwd_intra(
+    q,
+    k,
+    g,
+    beta,
+    dAqk,
+    dAkk,
+    dq,
+    dk,
+    db,
+    dg,
+    cu_seqlens=None,
+    chunk_indices=None,
+    chunk_size=64,
+    safe_gate=False,
+    lower_bound=None,
+):
+    """Stage 1 backwards, on its own: the gradients that come through the scores inside a chunk.
+
+        dq_i += sum_j dAqk[i,j] k_j D(i<-j)                                               j <= i
+        dk_i += beta_i sum_j dAkk[i,j] k_j D(i<-j)                                        j < i
+        dk_j += sum_i (dAqk[i,j] q_i + dAkk[i,j] beta_i k_i) D(i<-j)                      i >= j
+        db_i += sum_j dAkk[i,j] sum_d k_i k_j D(i<-j)                                     j < i
+
+    and dg, of the cumulative sums, likewise.
+
+    Args:
+        q, k: [B, T, H, K]; float64, float32, bfloat16 or float16, as everything here.
+        g: [B, T, HV, K], chunk-local cumulative sum of the log decays, log2, finite.
+        beta: [B, T, HV].
+        dAqk: [B, T, HV, C], the cotangent of Aqk / scale, of `chunk_kda_bwd_dAv`.
+        dAkk: [B, T, HV, C], that of what Akk inverts, of `chunk_kda_bwd_wy_dqkg_fused`. Of both nothing above
+            the diagonal is read.
+        dq, dk: [B, T, HV, K], a q/k head for every value head, what is added to.
+        db: [B, T, HV], likewise.
+        dg: [B, T, HV, K], likewise, the cotangent of the cumulative sums in nats.
+        cu_seqlens, chunk_indices, chunk_size: as for `chunk_kda_fwd`.
+        safe_gate, lower_bound: accepted for FLA's sake; the products of decays are safe for all gates.
+
+    Returns:
+        dq, dk, db and dg, as they came plus what comes through the scores, in the arithmetic's dtype, the
+        widest of the arguments, float32 or wider. Zero at padding.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: `fla.ops.kda.chunk_intra.chunk_kda_bwd_intra`.
+    """
+    sizes = {}
+    checks.tensors(sizes, q=(q, "B T H K"), k=(k, "B T H K"), g=(g, "B T HV K"), beta=(beta, "B T HV"))
+    checks.grouped("g", sizes)
+    chunk_size, NT = checks.stage(sizes, chunk_size, cu_seqlens, chunk_indices)
+    checks.tensors(sizes, dAqk=(dAqk, "B T HV C"), dAkk=(dAkk, "B T HV C"))
+    checks.tensors(sizes, dq=(dq, "B T HV K"), dk=(dk, "B T HV K"), db=(db, "B T HV"), dg=(dg, "B T HV K"))
+    checks.safe_gate(safe_gate, lower_bound)
+    return intra_bwd(q, k, g, beta, dAqk, dAkk, dq, dk, db, dg, cu_seqlens, NT=NT, dg_of_sums=True)
+
+
+@partial(jax.jit, static_argnames=("NT", "dg_of_sums"))
+def intra_bwd(q, k, g, beta, dAqk, dAkk, dq, dk, db, dg, cu_seqlens, *, NT, dg_of_sums):
+    """`chunk_kda_bwd_intra` after the checks; without `dg_of_sums`, dg is of the log decays themselves."""
+    (T, HV), C = g.shape[1:3], dAqk.shape[-1]
+    dtype = jnp.result_type(jnp.float32, q, k, g, beta, dAqk, dAkk, dq, dk, db, dg)
+    chunks = chunking.Split(cu_seqlens, NT, T, C, HV, dtype)
+    a = of_tokens(chunks.split_cumsum(g), use_exp2=True)
+    q, k, beta, dAqk, dAkk = (chunks.split(x) for x in (q, k, beta, dAqk, dAkk))
+    d_q, d_k, d_beta, d_g = scores_backward(q, k, a, beta, dAqk, dAkk)
+    d_g = of_tokens_backward(d_g) if dg_of_sums else d_g
+    made = zip((dq, dk, db, dg), (d_q, d_k, d_beta, d_g), strict=True)
+    return tuple(chunks.merge(chunks.split(x) + y, None) for x, y in made)

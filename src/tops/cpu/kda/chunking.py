@@ -152,6 +152,11 @@ def split_heads(x, HV):
     return jnp.swapaxes(x if G == 1 else jnp.repeat(x, G, axis=2), 1, 2)
 
 
+def sum_groups(x, H):
+    """[B, T, HV, K] to [B, T, H, K], summed over the value heads that read a q/k head."""
+    return x.reshape(*x.shape[:2], H, -1, x.shape[-1]).sum(axis=3)
+
+
 def merge_heads(x):
     """[B, HV, C, ...] to token layout, [B, C, HV, ...]."""
     return jnp.swapaxes(x, 1, 2)
@@ -202,6 +207,15 @@ class Split:
         x = self.split(x)
         row = jnp.minimum(jnp.arange(self.C), self.table.length[:, None] - 1)  # [NT, C]
         return jax.vmap(partial(jnp.take, axis=2, mode="clip"))(x, row)
+
+    def split_states(self, h, state_v_first):
+        """States [B, NT, HV, K, V] in the layout of the caller, as [NT, B, HV, K, V]."""
+        return jnp.swapaxes(turn(h, state_v_first), 0, 1).astype(self.dtype)
+
+    def keep(self, x):
+        """x [NT, B, HV, C, K] with the rows past each chunk's end selected away."""
+        is_token = jnp.arange(self.C) < self.table.length[:, None]  # [NT, C]
+        return jnp.where(is_token[:, None, None, :, None], x, 0)
 
     def merge(self, x, dtype):
         """In `dtype`, or as it is for None; padding is zero."""

@@ -1,5 +1,6 @@
 """The gates on their own, and the chunk-local cumulative sum that FLA's contract returns."""
 
+import jax
 import jax.numpy as jnp
 
 from . import checks, chunking
@@ -45,6 +46,44 @@ def naive_kda_lowerbound_gate(g, A_log=None, dt_bias=None, lower_bound=-5.0, out
     """`kda_gate_fwd` with a lower bound, named as in FLA: lower_bound * sigmoid(exp(A_log) (g + dt_bias))."""
     checks.number("lower_bound", lower_bound)
     return kda_gate_fwd(g, A_log, dt_bias, lower_bound, output_dtype)
+
+
+def kda_gate_bwd(g, A_log=None, dt_bias=None, dyg=None, lower_bound=None):
+    """The gradients of `kda_gate_fwd`.
+
+        lower_bound is None:  dg = -exp(A_log) sigmoid(g + dt_bias) dyg
+                              dA = sum dyg * kda_gate_fwd(g)
+        else, with x = exp(A_log) (g + dt_bias):
+                              dg = lower_bound exp(A_log) sigmoid'(x) dyg
+                              dA = lower_bound sum x sigmoid'(x) dyg
+        dbias = sum dg
+
+    where dA is summed over all but HV, dbias over all but HV and K. An infinite gate has the gradients of a
+    gate of 1e30.
+
+    Args:
+        g, A_log, dt_bias, lower_bound: as for `kda_gate_fwd`.
+        dyg: [..., HV, K], the cotangent of the log decay in nats.
+
+    Returns:
+        dg [..., HV, K], dA [HV] and dbias [HV * K], each in the dtype of what it is the gradient of; dA and
+        dbias are None where that was not given.
+
+    Raises:
+        ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
+
+    Source: `fla.ops.kda.gate.kda_gate_bwd`.
+    """
+    checks.raw_gate(g, A_log, dt_bias, lower_bound)
+    checks.like("dyg", dyg, "g", g)
+    d = _widen(dyg)
+    g, A_log, dt_bias = (None if x is None else jnp.asarray(x) for x in (g, A_log, dt_bias))
+
+    def gate(g, A_log, dt_bias):
+        wide = (None if x is None else x.astype(d.dtype) for x in (g, A_log, dt_bias))
+        return log_decay(*wide, lower_bound)
+
+    return jax.vjp(gate, g, A_log, dt_bias)[1](d)
 
 
 def chunk_local_cumsum(

@@ -12,7 +12,7 @@ from . import chunking, one_chunk
 from .activations import RCP_LN2, Activations, activate, cumsum
 from .one_chunk.xla import UPDATES_WIDEN, barrier
 from .pullback import with_pullback
-from .rounding import storage
+from .rounding import beta_k_storage, storage
 
 
 class Config(NamedTuple):
@@ -60,10 +60,14 @@ def forward_scan(config, chunks, states, inputs, parameters, keep=False):
     (B, T, HV, V), K, C, dtype = inputs[2].shape, inputs[0].shape[-1], config.C, states.dtype
     widths = dict(o=V, g=K, Aqk=C, Akk=C, w=K, u=V, qg=K, kg=K, v_new=V)
     widths = {field: width for field, width in widths.items() if field in config.fields}
+    beta_dtype = (
+        inputs[4].dtype if config.activations.beta_scale is None else dtype
+    )  # FLA's sigmoid is float32
+    stores = storage(config.storage_dtype), beta_k_storage(config.storage_dtype, beta_dtype)
     stored = dict.fromkeys(widths, config.storage_dtype or dtype) | dict(o=inputs[2].dtype, g=dtype)
 
     def compute(S, length, *rows):
-        S, tensors = _stages(config, S, *_heads(config, length, rows, parameters))
+        S, tensors = _stages(config, stores, S, *_heads(config, length, rows, parameters))
         rows = {field: chunking.merge_heads(tensors[field]) for field in widths}
         return S, rows, tensors["e"] if keep else None
 
@@ -149,15 +153,16 @@ def _heads(config, length, rows, parameters):
     return tuple(chunking.split_heads(x, v.shape[2]) for x in (q, k, v, g, beta))
 
 
-def _stages(config, S, q, k, v, g, beta):
-    """The state that leaves a chunk, and its tensors by name."""
+def _stages(config, stores, S, q, k, v, g, beta):
+    """The state that leaves a chunk, and its tensors by name. `stores` is `as_fla`'s."""
     if config.storage_dtype is not None:
-        S, tensors = one_chunk.as_fla(S, q, k, v, g, beta, config.scale, storage(config.storage_dtype))
+        S, tensors = one_chunk.as_fla(S, q, k, v, g, beta, config.scale, *stores)
     else:
         q = q if config.fields else None
         S, tensors, chunk = one_chunk.forward(S, q, k, v, g, beta, config.scale)
         if not set(config.fields) <= {"o", "h"}:
-            tensors |= one_chunk.matrices(chunk, v, beta, config.scale, storage(None))
+            beta_k_in = beta[..., None] * chunk.k_in
+            tensors |= one_chunk.matrices(chunk, v, beta, config.scale, storage(None), beta_k_in)
     if "g" in config.fields:
         tensors["g"] = cumsum(RCP_LN2 * g, axis=2)
     return S, tensors

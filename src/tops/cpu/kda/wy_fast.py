@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from . import checks, chunking
 from .one_chunk.decay import from_cumsum
 from .one_chunk.wy import w_u
-from .rounding import storage
+from .rounding import beta_k_storage, storage
 
 
 def recompute_w_u_fwd(
@@ -63,10 +63,11 @@ def recompute_w_u_fwd(
 def _recompute_w_u_fwd(k, v, beta, A, gk, q, cu_seqlens, *, NT, use_exp2, storage_dtype):
     (T, HV), C = v.shape[1:3], A.shape[-1]
     dtype = jnp.result_type(jnp.float32, k, v, beta, A, gk, *([] if q is None else [q]))
-    store = storage(storage_dtype)
     chunks = chunking.Split(cu_seqlens, NT, T, C, HV, dtype)
     prefix, suffix, _ = from_cumsum(chunks.split_cumsum(gk), use_exp2)
-    k = chunks.split(k)
-    w, u = w_u(chunks.split(A), k * prefix, chunks.split(v), chunks.split(beta), store)
+    store_beta_k = beta_k_storage(storage_dtype, beta.dtype)
+    k, beta = chunks.split(k), chunks.split(beta)
+    beta_k_in = store_beta_k(beta[..., None] * k) * prefix
+    w, u = w_u(chunks.split(A), beta_k_in, chunks.split(v), beta, storage(storage_dtype))
     qg = None if q is None else chunks.split(q) * prefix
     return tuple(None if x is None else chunks.merge(x, storage_dtype) for x in (w, u, qg, k * suffix))

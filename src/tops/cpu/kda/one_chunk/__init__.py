@@ -22,6 +22,7 @@ and backwards, from d_S_out and with d_o <- scale d_o:
 
 import jax.numpy as jnp
 
+from .decay import from_start
 from .intra import intra, intra_backward
 from .output import output, output_backward
 from .state import next_state, next_state_backward, u_less_w_S
@@ -62,20 +63,22 @@ def backward(S, e, q, k, g, beta, scale, d_S_out, d_o):
     return d_S + d_S_read, d_q, d_k, d_v, d_g, d_beta
 
 
-def as_fla(S, q, k, v, g, beta, scale, store):
+def as_fla(S, q, k, v, g, beta, scale, store, store_beta_k):
     """`forward` in FLA's order of operations; `store` rounds what its kernels store and what they round
-    before a product."""
-    chunk = intra(q, k, jnp.exp(g))  # stage 1
-    tensors = matrices(chunk, v, beta, scale, store)  # stage 2
+    before a product, `store_beta_k` the product beta k."""
+    a = jnp.exp(g)
+    chunk = intra(q, k, a)  # stage 1
+    beta_k_in = store_beta_k(beta[..., None] * k) * from_start(a)
+    tensors = matrices(chunk, v, beta, scale, store, beta_k_in)  # stage 2
     v_new = u_less_w_S(tensors["u"], tensors["w"], S, store)  # stage 3
     S_out = next_state(S, chunk.decay, tensors["kg"], v_new)
     o = output(scale * matmul(tensors["qg"], store(S)), tensors["Aqk"], v_new)  # stage 4
     return S_out, tensors | dict(o=o, v_new=v_new)
 
 
-def matrices(chunk, v, beta, scale, store):
+def matrices(chunk, v, beta, scale, store, beta_k_in):
     """What FLA's stages 1 and 2 hand on and `forward` does without: Aqk, with scale, Akk, w, u, qg, kg."""
     tensors = dict(Aqk=store(scale * chunk.Aqk), Akk=store(inverse_of(chunk.A, beta)))
     tensors |= dict(qg=store(chunk.qg), kg=store(chunk.kg))
-    tensors["w"], tensors["u"] = w_u(tensors["Akk"], chunk.k_in, v, beta, store)
+    tensors["w"], tensors["u"] = w_u(tensors["Akk"], beta_k_in, v, beta, store)
     return tensors

@@ -14,6 +14,7 @@ Every factor lies in [0, 1]: nothing overflows, nothing cancels, and a gate of -
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from .xla import product_of_two, sum_rows
 
@@ -70,6 +71,11 @@ def _half(which):
     return np.arange(2)[:, None, None] == which
 
 
+def from_start(a):
+    """D(i<-0) [..., C, K], of a [..., C, K], one token after the other."""
+    return jnp.cumprod(a, axis=-2)
+
+
 def from_cumsum(gk, use_exp2):
     """The decays of a chunk from the cumulative sum of its log decays, all that a stage op on its own is
     given.
@@ -82,7 +88,24 @@ def from_cumsum(gk, use_exp2):
     return exp(gk), exp(last - gk), exp(last)[..., 0, :]
 
 
+def ends_backward(d_in, d_out, d_decay):
+    """The cotangent of the log decays g, from those of log D(i<-0), log D(C<-j) and log D(C<-0).
+
+        d_g_i = sum_{j >= i} d_in_j + sum_{j < i} d_out_j + d_decay
+
+    d_in, d_out [..., C, K], d_decay [..., K].
+    """
+    axis = d_in.ndim - 2
+    earlier = jnp.concatenate([jnp.zeros_like(d_out[..., :1, :]), d_out[..., :-1, :]], axis)
+    return lax.cumsum(d_in, axis, reverse=True) + lax.cumsum(earlier, axis) + d_decay[..., None, :]
+
+
 def of_tokens(gk, use_exp2):
     """The decay a_i of each token, exp(gk_i - gk_{i-1}), from the same cumulative sum."""
     exp = jnp.exp2 if use_exp2 else jnp.exp
     return exp(jnp.diff(gk, axis=-2, prepend=jnp.zeros_like(gk[..., :1, :])))
+
+
+def of_tokens_backward(d_g):
+    """The cotangent of the cumulative sums, in nats, from that of the log decays: a difference, too."""
+    return -jnp.diff(d_g, axis=-2, append=jnp.zeros_like(d_g[..., :1, :]))

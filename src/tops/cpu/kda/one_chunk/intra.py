@@ -138,6 +138,16 @@ def intra(q, k, a, in_halves=True):
     return Intra(BlockLower(diagonal, below), rows, cols, total[..., 0, :], levels)
 
 
+def scores_backward(q, k, a, beta, d_Aqk, d_L):
+    """The cotangents of q, k, beta and g = log(a), from those of Aqk and L = beta A alone, [..., C, C]; what
+    lies above their diagonals, and L's diagonal, is not read."""
+    chunk, beta = intra(q, k, a, in_halves=False), beta[..., None]
+    d_beta = inner(jnp.tril(d_L, -1), chunk.A.matrix())
+    d_read = jnp.zeros_like(chunk.rows), _by_turns(d_Aqk, beta * d_L)
+    d_q, d_k, d_g = intra_backward(chunk, q, k, a, d_read, jnp.zeros_like(k), jnp.zeros_like(chunk.decay))
+    return d_q, d_k, d_beta, d_g
+
+
 def intra_backward(chunk, q, k, a, d_read, d_kg, d_decay):
     """The adjoint of `intra`, level by level from the last doubling to the first.
 

@@ -1,6 +1,8 @@
 """Stage 4: the output."""
 
-from .xla import matmul, matmul_tn
+import jax.numpy as jnp
+
+from .xla import matmul, matmul_nt, matmul_tn
 
 
 def output(qg_S, Aqk, v_new):
@@ -11,3 +13,8 @@ def output(qg_S, Aqk, v_new):
 def output_backward(Aqk, d_o):
     """d_v_new = Aqk^T d_o. The cotangent of qg_S is d_o itself."""
     return matmul_tn(Aqk, d_o)
+
+
+def scores_backward(v_new, d_o):
+    """d_Aqk = tril(d_o v_new^T), [..., C, C]. (`backward` has it of `Intra.read_backward`.)"""
+    return jnp.tril(matmul_nt(d_o, v_new))

@@ -19,3 +19,8 @@ def next_state_backward(S, decay, kg, v_new, d_S_out):
 def u_less_w_S(u, w, S, store):
     """v_new = u - w S, as FLA's kernel makes it; `store` rounds what it stores."""
     return store(u - matmul(w, store(S)))
+
+
+def u_less_w_S_backward(w, d_v_new):
+    """d_S = -w^T d_v_new. The cotangent of u is d_v_new itself."""
+    return -matmul_tn(w, d_v_new)

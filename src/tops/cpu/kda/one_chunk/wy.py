@@ -1,7 +1,9 @@
 """Stage 2: what the tokens of a chunk write."""
 
+import jax.numpy as jnp
+
 from .triangle import inverse, invert_blocks, solve, solve_transposed
-from .xla import barrier, inner, matmul
+from .xla import barrier, inner, matmul, matmul_nt, matmul_tn
 
 
 def write(A, beta, r):
@@ -33,7 +35,19 @@ def inverse_of(A, beta):
     return inverse(A.scale_rows(beta))
 
 
-def w_u(Akk, k_in, v, beta, store):
+def w_u(Akk, beta_k_in, v, beta, store):
     """w = Akk (beta k_in) [..., C, K] and u = Akk (beta v) [..., C, V]; `store` rounds what FLA stores."""
-    beta = beta[..., None]
-    return store(matmul(Akk, store(beta * k_in))), store(matmul(Akk, store(beta * v)))
+    return store(matmul(Akk, store(beta_k_in))), store(matmul(Akk, store(beta[..., None] * v)))
+
+
+def w_u_backward(Akk, k_in, v, beta, d_w, d_u, store):
+    """The cotangents of L = beta A, which Akk inverts, and of k_in, v and beta.
+
+    d_k_in = beta Akk^T d_w      d_v = beta Akk^T d_u      d_beta = Akk^T d_w . k_in + Akk^T d_u . v
+    d_Akk  = d_w (beta k_in)^T + d_u (beta v)^T            d_L    = -tril(Akk^T d_Akk Akk^T, -1)
+    """
+    d_beta_k_in, d_beta_v = matmul_tn(Akk, d_w), matmul_tn(Akk, d_u)
+    d_beta = inner(d_beta_k_in, k_in) + inner(d_beta_v, v)
+    d_Akk = (matmul_nt(d_w, store(k_in)) + matmul_nt(d_u, v)) * beta[..., None, :]
+    d_L = matmul_tn(Akk, store(matmul_nt(store(jnp.tril(d_Akk, -1)), Akk)))
+    return -jnp.tril(d_L, -1), beta[..., None] * d_beta_k_in, beta[..., None] * d_beta_v, d_beta
