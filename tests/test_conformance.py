@@ -422,8 +422,8 @@ def test_float64_where_x64_is_off():
 
 
 def pytest_kda(directory, *options):
-    command = [sys.executable, "-m", "pytest", "-p", "tops.cpu.kda_pytest", "-p", "no:cacheprovider", "-v"]
-    command += ["--pyargs", "tops.cpu.kda.testing", *options]
+    command = [sys.executable, "-m", "pytest", "-p", "tops.cpu.kda.testing.plugin", "-p", "no:cacheprovider"]
+    command += ["-v", "--pyargs", "tops.cpu.kda.testing", *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=directory)
 
 

@@ -67,3 +67,9 @@ def test_rules_for_autodiff():
         name: len(re.findall(r"@.*custom_[jv][vj]p", path.read_text())) for name, path in MODULES.items()
     }
     assert {name: n for name, n in rules.items() if n} == {"pullback": 1, "activations": 2}
+
+
+@pytest.mark.parametrize("path", sorted(HOUSE.rglob("*.py")), ids=lambda path: path.stem)
+def test_the_package_names_itself_relatively(path):
+    """So that a copy of the folder is a package by itself."""
+    assert not re.findall(r"^\s*(?:from|import) tops", path.read_text(), re.MULTILINE)

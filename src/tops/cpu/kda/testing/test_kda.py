@@ -4,9 +4,9 @@ from functools import cache
 
 import pytest
 
-from tops.cpu.kda.testing import STAGES, select
-from tops.cpu.kda.testing.__main__ import adapter
-from tops.cpu.kda.testing.run import check, load, takes_stages
+from . import STAGES, select
+from .__main__ import adapter
+from .run import check, load, takes_stages
 
 
 def pytest_generate_tests(metafunc):

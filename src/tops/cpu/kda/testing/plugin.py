@@ -1,7 +1,7 @@
 """pytest's options for `pytest --pyargs tops.cpu.kda.testing`.
 
-A plugin, since pytest reads options before it knows where `--pyargs` leads; beside the package, so that no
-other pytest run imports JAX for it.
+A plugin, since pytest reads options before it knows where `--pyargs` leads. An installed one loads itself, as
+`tops_kda_pytest`; in a copy of the package it is `-p tops.cpu.kda.testing.plugin`.
 """
 
 
