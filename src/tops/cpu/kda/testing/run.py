@@ -35,7 +35,8 @@ def check(
             `ChunkKDAForward` as a tuple or a dict. NotImplementedError declines a case.
         cases: None for all, a pattern of names as in `select`, or `Case`s.
         dtype: of q, k, v and o: float64, float32, bfloat16 or float16.
-        stages: whether fn has `chunk_kda_fwd`'s convention; None: whether it takes `disable_recompute`.
+        stages: whether fn has `chunk_kda_fwd`'s convention; None: whether it takes `disable_recompute`,
+            and `use_qk_l2norm_in_kernel` not.
         adapter: a function of (a function of NumPy arrays) to another, for other layouts; see `adapters`.
         arrays: what fn is given, "jax", "numpy" or "torch". It may return any.
         multiple: how many yardsticks a tensor may err by; see `compare`.
@@ -74,8 +75,9 @@ def check(
 
 
 def takes_stages(fn):
-    """Whether fn has `chunk_kda_fwd`'s call convention."""
-    return "disable_recompute" in inspect.signature(fn).parameters
+    """Whether fn has `chunk_kda_fwd`'s call convention: `chunk_kda` takes that argument too."""
+    parameters = inspect.signature(fn).parameters
+    return "disable_recompute" in parameters and "use_qk_l2norm_in_kernel" not in parameters
 
 
 def numpy_call(fn, arrays):
