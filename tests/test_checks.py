@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fla_calls import BY_POSITION
 
 import tops.cpu.kda
 from tops.cpu.kda import (
@@ -53,6 +54,10 @@ TWICE = {name: np.concatenate([x, x]) for name, x in GOOD.items()}
 CU = np.array([0, 3, 8])
 FLOATS = "an array of float64, float32, bfloat16, float16"
 INTEGERS = "an array of int32, int64"
+HEAD_FIRST = "; are the heads before the tokens?"
+NOT_FROM_0 = (
+    "expected a first entry of 0, got 1; give the padding before it a sequence of its own: [0, 1, ...]"
+)
 
 EVERYWHERE = [
     (dict(q=zeros(T, H, K)), ValueError, "q: expected a shape [B, T, H, K], got (8, 2, 3)"),
@@ -84,7 +89,30 @@ EVERYWHERE = [
         f"beta: expected {FLOATS}, got an array of complex64",
     ),
     (dict(k=zeros(B, T, H, K, dtype=np.float16)), TypeError, "k: expected q's dtype float32, got float16"),
-    (dict(v=zeros(B, T, HV, V, dtype=np.float64)), TypeError, "v: expected q's dtype float32, got float64"),
+    (
+        dict(v=zeros(B, T, HV, V, dtype=np.float64)),
+        TypeError,
+        "v: expected at most float32, as q is float32, got float64",
+    ),
+    *(
+        ({name: GOOD[name].swapaxes(1, 2)}, ValueError, f"{name}: expected {expected}{HEAD_FIRST}")
+        for name, expected in dict(
+            k="[B, T, H, K] = (1, 8, 2, 3), got (1, 2, 8, 3)",
+            v="[B, T, HV, V] = (1, 8, HV, V), got (1, 4, 8, 5)",
+            beta="[B, T, HV] = (1, 8, 4), got (1, 4, 8)",
+        ).items()
+    ),
+    (
+        {name: x.swapaxes(1, 2) for name, x in GOOD.items()},
+        ValueError,
+        f"v: expected [B, T, HV, V] = (1, 2, HV, V), got (1, 4, 8, 5){HEAD_FIRST}",
+    ),
+    (
+        {name: zeros(B, H, T, K) for name in "qkvg"}
+        | dict(beta=zeros(B, H, T), initial_state=zeros(B, H, K, K)),
+        ValueError,
+        f"initial_state: expected [N, HV, K, V] = (1, 8, 3, 3), got (1, 2, 3, 3){HEAD_FIRST}",
+    ),
     (
         dict(g=zeros(B, T, HV, K, dtype=np.float64)),
         TypeError,
@@ -93,6 +121,8 @@ EVERYWHERE = [
     (dict(scale="1"), TypeError, "scale: expected a number, got str"),
     (dict(scale=True), TypeError, "scale: expected a number, got bool"),
     (dict(scale=np.ones(1)), TypeError, "scale: expected a number, got an array of float64"),
+    (dict(scale=np.array(True)), TypeError, "scale: expected a number, got bool"),
+    (dict(scale=np.array(np.nan)), ValueError, "scale: expected a finite number, got nan"),
     (dict(scale=10**400), ValueError, "scale: expected a finite number, got inf"),
     (dict(scale=float("nan")), ValueError, "scale: expected a finite number, got nan"),
     (
@@ -110,7 +140,9 @@ EVERYWHERE = [
         TypeError,
         "initial_state: expected at most float32, as q is float32, got float64",
     ),
-    (dict(cu_seqlens=[0, 8]), TypeError, f"cu_seqlens: expected {INTEGERS}, got list"),
+    (dict(cu_seqlens=[0, 8.0]), TypeError, f"cu_seqlens: expected {INTEGERS}, got list"),
+    (dict(cu_seqlens=[0, 2**80]), TypeError, f"cu_seqlens: expected {INTEGERS}, got an array of object"),
+    (dict(cu_seqlens=(0, 8)), TypeError, f"cu_seqlens: expected {INTEGERS}, got tuple"),
     (
         dict(cu_seqlens=np.array([0.0, 8.0])),
         TypeError,
@@ -136,7 +168,7 @@ EVERYWHERE = [
         ValueError,
         "cu_seqlens: expected a batch of B=1 that holds the packed sequences, got B=2",
     ),
-    (dict(cu_seqlens=np.array([1, 8])), ValueError, "cu_seqlens: expected a first entry of 0, got 1"),
+    (dict(cu_seqlens=np.array([1, 8])), ValueError, f"cu_seqlens: {NOT_FROM_0}"),
     (
         dict(cu_seqlens=np.array([0, 5, 4, 8])),
         ValueError,
@@ -149,6 +181,27 @@ EVERYWHERE = [
     ),
 ]
 CHUNKED = [
+    (
+        dict(cp_context=object()),
+        TypeError,
+        "cp_context: expected None, got object; call context_parallel_kda with a mesh",
+    ),
+    (
+        dict(cu_seqlens_cpu=CU),
+        ValueError,
+        "cu_seqlens_cpu: expected None without cu_seqlens, got an array of int64",
+    ),
+    (dict(cu_seqlens=CU, cu_seqlens_cpu=CU + 1), ValueError, f"cu_seqlens_cpu: {NOT_FROM_0}"),
+    (
+        dict(cu_seqlens=CU, cu_seqlens_cpu=[0, 8]),
+        ValueError,
+        "cu_seqlens_cpu: expected cu_seqlens's shape (3,), got (2,)",
+    ),
+    (
+        dict(cu_seqlens=CU, cu_seqlens_cpu=[0, 4, 8]),
+        ValueError,
+        "cu_seqlens_cpu: expected the entries of cu_seqlens, got 4 for 3 at 1",
+    ),
     (dict(chunk_size=48), ValueError, "chunk_size: expected one of (16, 32, 64, 128), got 48"),
     (dict(chunk_size=0), ValueError, "chunk_size: expected one of (16, 32, 64, 128), got 0"),
     (dict(chunk_size=-64), ValueError, "chunk_size: expected one of (16, 32, 64, 128), got -64"),
@@ -191,31 +244,24 @@ CHUNKED = [
         "initial_state: expected [N, HV, V, K] = (1, 4, 5, 3), got (1, 4, 3, 5)",
     ),
 ]
+A_LOG = "A_log: expected [HV] = (4,) or [1, 1, HV, 1] = (1, 1, 4, 1)"
 GATED = [
     (
         dict(use_gate_in_kernel=True),
         ValueError,
         "A_log: expected an array [HV] for the gate unless lower_bound is given, got None",
     ),
+    (dict(A_log=zeros(H)), ValueError, f"{A_LOG}, got (2,)"),
+    (dict(use_gate_in_kernel=True, A_log=zeros(H)), ValueError, f"{A_LOG}, got (2,)"),
     (
-        dict(A_log=zeros(HV)),
+        dict(use_gate_in_kernel=True, A_log=zeros(1, 1, 128, 1)),
         ValueError,
-        "A_log: expected None without use_gate_in_kernel, got an array of float32",
+        f"{A_LOG}, got (1, 1, 128, 1); of a padded one, take the first 4",
     ),
     (
-        dict(dt_bias=zeros(HV * K)),
+        dict(use_gate_in_kernel=True, A_log=zeros(HV), dt_bias=zeros(K, HV)),
         ValueError,
-        "dt_bias: expected None without use_gate_in_kernel, got an array of float32",
-    ),
-    (
-        dict(use_gate_in_kernel=True, A_log=zeros(H)),
-        ValueError,
-        "A_log: expected [HV] = (4,), got (2,)",
-    ),
-    (
-        dict(use_gate_in_kernel=True, A_log=zeros(HV), dt_bias=zeros(HV, K)),
-        ValueError,
-        "dt_bias: expected a shape [HV*K], got (4, 3)",
+        "dt_bias: expected [HV*K] = (12,) or [HV, K] = (4, 3), got (3, 4)",
     ),
     (
         dict(use_gate_in_kernel=True, lower_bound=float("-inf")),
@@ -268,7 +314,62 @@ DHU |= dict(h0=BACKWARD["initial_state"], dht=BACKWARD["initial_state"])
 FUSED = GOOD | dict(v_new=GOOD["v"], A=A, h=H_STATE, do=GOOD["v"], dh=H_STATE, dv=GOOD["v"])
 BWD_INTRA = {name: GOOD[name] for name in ("q", "k", "g", "beta")} | dict(dAqk=A, dAkk=A)
 BWD_INTRA |= dict(dq=GOOD["g"], dk=GOOD["g"], db=GOOD["beta"], dg=GOOD["g"])
+OFFSETS = dict(cu_seqlens=CU, chunk_offsets=np.array([0, 1, 2]))
 STAGES = [
+    *(
+        (op, given | OFFSETS | row[0], *row[1:])
+        for op, given in ((chunk_kda_fwd, GOOD), (chunk_gated_delta_rule_fwd_h, STATE_PASS))
+        for row in (
+            (
+                dict(cu_seqlens=None),
+                ValueError,
+                "chunk_offsets: expected None without cu_seqlens, got an array of int64",
+            ),
+            (dict(chunk_offsets=[0, 1, 2]), TypeError, f"chunk_offsets: expected {INTEGERS}, got list"),
+            (
+                dict(chunk_offsets=np.array([0, 2])),
+                ValueError,
+                "chunk_offsets: expected [N + 1] = (3,), got (2,)",
+            ),
+            (
+                dict(chunk_offsets=np.array([0, 1, 3])),
+                ValueError,
+                "chunk_offsets: expected those of cu_seqlens (prepare_chunk_offsets(cu_seqlens, 64)), "
+                "got 3 for 2 at 2",
+            ),
+        )
+    ),
+    *(
+        (chunk_kda, GOOD | dict(use_graph=True, cu_seqlens=CU) | row[0], *row[1:])
+        for row in (
+            (
+                dict(max_num_seqs=3),
+                ValueError,
+                "max_num_seqs: expected the N=2 sequences of cu_seqlens, got 3; repeat the last entry of "
+                "cu_seqlens until there are as many",
+            ),
+            (dict(max_num_seqs=2.0), TypeError, "max_num_seqs: expected an integer, got float"),
+            (dict(max_num_seqs=0), ValueError, "max_num_seqs: expected at least 1, got 0"),
+        )
+    ),
+    (
+        prepare_chunk_indices,
+        dict(cu_seqlens=CU, chunk_size=64, cu_seqlens_cpu=np.array([0, 4, 8])),
+        ValueError,
+        "cu_seqlens_cpu: expected the entries of cu_seqlens, got 4 for 3 at 1",
+    ),
+    *(
+        (
+            op,
+            given | dict(output_dtype=int),
+            TypeError,
+            f"output_dtype: expected None or one of float64, float32, bfloat16, float16, got {int}",
+        )
+        for op, given in (
+            *((op, GOOD) for op in (chunk_kda, chunk_kda_fwd, fused_recurrent_kda)),
+            (chunk_gla_fwd_o_gk, OUTPUT),
+        )
+    ),
     (chunk_kda, GOOD | LAYOUT, ValueError, BOTH),
     (chunk_kda_fwd, GOOD | LAYOUT, ValueError, BOTH),
     (fused_recurrent_kda, GOOD | LAYOUT, ValueError, BOTH),
@@ -336,15 +437,27 @@ STAGES = [
     ),
     (
         chunk_gla_fwd_o_gk,
-        OUTPUT | dict(cu_seqlens=[0, 8], chunk_indices=np.zeros((1, 2), int)),
+        OUTPUT | dict(cu_seqlens=(0, 8), chunk_indices=np.zeros((1, 2), int)),
         TypeError,
-        f"cu_seqlens: expected {INTEGERS}, got list",
+        f"cu_seqlens: expected {INTEGERS}, got tuple",
     ),
     (
         chunk_local_cumsum,
         dict(g=[0.0], chunk_size=16),
         TypeError,
         f"g: expected {FLOATS}, got list",
+    ),
+    (
+        chunk_local_cumsum,
+        dict(g=GOOD["g"], chunk_size=4),
+        ValueError,
+        "chunk_size: expected a power of two of at least 8, got 4",
+    ),
+    (
+        chunk_local_cumsum,
+        dict(g=GOOD["g"], chunk_size=8.0),
+        TypeError,
+        "chunk_size: expected a power of two of at least 8, got float",
     ),
     (
         chunk_local_cumsum,
@@ -368,7 +481,7 @@ STAGES = [
         naive_kda_gate,
         dict(g=GOOD["g"], A_log=zeros(H)),
         ValueError,
-        "A_log: expected [HV] = (4,), got (2,)",
+        f"{A_LOG}, got (2,)",
     ),
     (
         naive_kda_lowerbound_gate,
@@ -380,7 +493,7 @@ STAGES = [
         kda_gate_chunk_cumsum,
         dict(g=GOOD["g"], A_log=zeros(HV), chunk_size=48),
         ValueError,
-        "chunk_size: expected one of (16, 32, 64, 128), got 48",
+        "chunk_size: expected a power of two of at least 8, got 48",
     ),
     (
         kda_gate_chunk_cumsum,
@@ -464,7 +577,7 @@ STAGES = [
         (op, dict(chunk_size=64) | row[0], *row[1:])
         for op in (prepare_chunk_offsets, prepare_chunk_indices)
         for row in (
-            (dict(cu_seqlens=[0, 8]), TypeError, f"cu_seqlens: expected {INTEGERS}, got list"),
+            (dict(cu_seqlens=(0, 8)), TypeError, f"cu_seqlens: expected {INTEGERS}, got tuple"),
             (
                 dict(cu_seqlens=np.array([0, 200], np.uint8)),
                 TypeError,
@@ -506,6 +619,13 @@ def test_refused_in_one_line(op, arguments, kind, message):
     with pytest.raises(kind) as refusal:
         op(**arguments)
     assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize("op", [getattr(tops.cpu.kda, name) for name in BY_POSITION])
+def test_no_unknown_keyword_is_swallowed(op):
+    """Some of FLA's functions take any, `head_first` for one, and do not read it."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'head_first'"):
+        op(**{name: 0 for name in inspect.signature(op).parameters}, head_first=True)
 
 
 STATE = dict(initial_state=zeros(B, HV, K, V))
@@ -646,7 +766,7 @@ def test_numpy_scalars_are_numbers():
 
 
 def test_facts_that_are_static_are_checked_under_jit():
-    with pytest.raises(TypeError, match="scale: expected a number, got an array of float32"):
+    with pytest.raises(TypeError, match=r"scale: expected a number that is known .*, got a traced float32"):
         jax.jit(chunk_kda)(**GOOD, scale=jnp.float32(1))
     with pytest.raises(TypeError, match="output_final_state: expected a bool, got an array of bool"):
         jax.jit(chunk_kda)(**GOOD, output_final_state=True)
@@ -668,3 +788,20 @@ def test_what_is_traced_is_believed():
     assert jax.eval_shape(call, **GOOD, cu_seqlens=CU, chunk_indices=indices)[2].shape[1] == len(indices)
     traced = jax.eval_shape(partial(call, **GOOD, cu_seqlens=CU), chunk_indices=indices)
     assert traced[2].shape[1] == len(indices)
+
+
+@pytest.mark.parametrize("op", [chunk_kda, chunk_kda_fwd, chunk_gated_delta_rule_fwd_h])
+def test_a_known_copy_of_what_is_traced_counts_the_chunks(op):
+    """T = 100 holds up to 3 chunks of two sequences; these make two."""
+    known = STATE_PASS if op is chunk_gated_delta_rule_fwd_h else GOOD
+    given = {name: np.repeat(x, 13, axis=1)[:, :100] for name, x in known.items()}
+    options = {} if known is STATE_PASS else dict(return_intermediate_states=True)
+    ends = np.array([0, 50, 100])
+    for copy, NT in ((None, 3), (ends, 2), ([0, 50, 100], 2)):
+        made = jax.eval_shape(partial(op, **given, **options, cu_seqlens_cpu=copy), cu_seqlens=ends)
+        h = made.h if op is chunk_kda_fwd else made[0 if known is STATE_PASS else 2]
+        assert h.shape[1] == NT
+    assert jax.eval_shape(partial(prepare_chunk_indices, chunk_size=64, cu_seqlens_cpu=ends), ends).shape == (
+        2,
+        2,
+    )

@@ -63,7 +63,7 @@ def intra(q, k, v, gk, beta):
 
 
 def wy(q, k, v, gk, beta, A):
-    made = recompute_w_u_fwd(k, v, beta, A, gk, q, cu_seqlens=ENDS)
+    made = recompute_w_u_fwd(k, v, beta, A, gk=gk, q=q, cu_seqlens=ENDS)
     return dict(zip(("w", "u", "qg", "kg"), made, strict=True))
 
 

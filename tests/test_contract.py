@@ -112,7 +112,7 @@ def test_stages_chained_by_hand(dtype, packed, use_exp2, state_v_first):
     )
     o = chunk_gla_fwd_o_gk(q, v_new, gk, Aqk, h, None, state_v_first, **options, **unit)
     chained = dict(w=w, u=u, qg=qg, kg=kg, Aqk=Aqk, Akk=Akk, h=h, v_new=v_new, final_state=final_state, o=o)
-    wy = recompute_w_u_fwd(k, v, beta, Akk, gk, q, **options, **unit)
+    wy = recompute_w_u_fwd(k, v, beta, Akk, gk=gk, q=q, **options, **unit)
     again = dict(zip(("w", "u", "qg", "kg"), wy, strict=True))
     for name, x in [*chained.items(), *again.items()]:
         assert x.dtype == getattr(fields, name).dtype
@@ -135,7 +135,7 @@ def test_optional_results_of_the_stages():
     gk = chunk_local_cumsum(inputs[3], 64, output_dtype=np.float64)
     w, u, qg, kg, _, Akk = chunk_kda_fwd_intra(q, k, v, gk, beta, use_exp2=False)
     assert qg is None
-    assert recompute_w_u_fwd(k, v, beta, Akk, gk, use_exp2=False)[2] is None
+    assert recompute_w_u_fwd(k, v, beta, Akk, gk=gk, use_exp2=False)[2] is None
     _, v_new, final_state = chunk_gated_delta_rule_fwd_h(kg, w, u, gk=gk, save_new_value=False)
     assert v_new is None
     assert final_state is None

@@ -1,10 +1,13 @@
 """Against FLA's own kernels: the forward field by field, its stages, the gates and the user-level ops."""
 
+import importlib
+import inspect
 from functools import cache
 
 import kernels
 import numpy as np
 import pytest
+from fla_calls import BY_POSITION
 from inputs import draw
 from oracle import recurrence, relative_error
 
@@ -40,6 +43,17 @@ CASES = dict(
 FEW = ("dense_32", "packed", "packed_32", "softplus_bias", "sigmoid_A_bias", "safe_gate")
 slow = pytest.mark.slow
 ALL_CASES = [*FEW, *(pytest.param(case, marks=slow) for case in CASES if case not in FEW)]
+
+
+def test_arguments_by_position():
+    """What the suite says of them is what FLA's functions have."""
+    names = ["chunk", "chunk_fwd", "fused_recurrent", "naive", "chunk_intra", "wy_fast", "gate"]
+    names = [f"fla.ops.kda.{name}" for name in names] + ["fla.ops.common.chunk_delta_h", "fla.ops.gla.chunk"]
+    modules = [importlib.import_module(name) for name in [*names, "fla.ops.utils"]]
+    for name, arguments in BY_POSITION.items():
+        op = next(getattr(module, name) for module in modules if hasattr(module, name))
+        parameters = inspect.signature(op).parameters.values()
+        assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == arguments.split(), name
 
 
 def prepare(sizes, options, regime="logsigmoid", dtype=np.float32):
@@ -200,7 +214,7 @@ def test_stages(case, dtype):
         q, k, v, fla["g"], beta, scale, disable_recompute=True, **chunks, **stored
     )
     check(qg=qg, kg=kg, Aqk=Aqk, Akk=Akk)
-    w, u, qg, kg = kda.recompute_w_u_fwd(k, v, beta, fla["Akk"], fla["g"], q, **packing, **stored)
+    w, u, qg, kg = kda.recompute_w_u_fwd(k, v, beta, fla["Akk"], gk=fla["g"], q=q, **packing, **stored)
     check(w=w, u=u, qg=qg, kg=kg)
     h, v_new, final_state = kda.chunk_gated_delta_rule_fwd_h(
         fla["kg"], fla["w"], fla["u"], None, fla["g"], options["initial_state"], True,

@@ -1,7 +1,7 @@
 """The argument contracts: every error message of the package.
 
 Shapes, dtypes and flags are checked always, values where they are concrete. A message is one line: the
-argument's name, what was expected with the actual numbers, and what came.
+argument's name, what was expected with the actual numbers, what came, and where it is not plain, what to do.
 """
 
 import functools
@@ -30,28 +30,29 @@ def forward(q, k, v, g, beta, scale, initial_state, state_v_first=False, cu_seql
     grouped("v", sizes)
     tensor("g", g, "B T HV K", sizes)
     tensor("beta", beta, "B T HV", sizes)
-    for name, x in dict(k=k, v=v).items():
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
-    for name, x in dict(g=g, beta=beta).items():
+    if k.dtype != q.dtype:
+        raise TypeError(f"k: expected q's dtype {q.dtype}, got {k.dtype}")
+    for name, x in dict(v=v, g=g, beta=beta).items():
         _no_wider(name, x, "q", q.dtype)
     sequences(cu_seqlens, sizes)
     states(initial_state, state_v_first, sizes)
     if initial_state is not None:
         _no_wider("initial_state", initial_state, "q", q.dtype)
-    return number_or("scale", scale, sizes["K"] ** -0.5)
+    return scale_or(scale, sizes["K"] ** -0.5)
 
 
 def oracle(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
-    """The contract of `naive_recurrent_kda`."""
+    """The contract of `naive_recurrent_kda`; returns the arguments that it is to get in another form."""
     flags(output_final_state=output_final_state)
-    forward(q, k, v, g, beta, scale, initial_state, cu_seqlens=cu_seqlens)
+    cu_seqlens = listed(cu_seqlens)
+    scale = forward(q, k, v, g, beta, scale, initial_state, cu_seqlens=cu_seqlens)
+    return dict(scale=scale, cu_seqlens=cu_seqlens)
 
 
 def oracle_in_chunks(q, k, v, g, beta, scale, initial_state, output_final_state, chunk_size, cu_seqlens):
-    """The contract of `naive_chunk_kda`."""
-    oracle(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens)
+    """The contract of `naive_chunk_kda`; returns what `oracle` does."""
     at_least_one("chunk_size", chunk_size)
+    return oracle(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def tensor(name, x, letters, sizes):
@@ -62,9 +63,9 @@ def tensor(name, x, letters, sizes):
     _require(x.ndim == len(letters), name, f"a shape {shape}", tuple(x.shape))
     known = [sizes.get(letter, size) for letter, size in zip(letters, x.shape, strict=True)]
     expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
-    _require(
-        tuple(known) == tuple(x.shape), name, f"{shape} = ({expected}{',' * (len(letters) == 1)})", x.shape
-    )
+    expected = f"{shape} = ({expected}{',' * (len(letters) == 1)})"
+    came = f"{x.shape}; are the heads before the tokens?" if _head_first(letters, x.shape, sizes) else x.shape
+    _require(tuple(known) == tuple(x.shape), name, expected, came)
     _require(min(x.shape) >= 1, name, f"{shape} with each of at least 1", tuple(x.shape))
     sizes.update(zip(letters, x.shape, strict=True))
 
@@ -73,6 +74,17 @@ def tensors(sizes, **given):
     """`tensor` for each of {name: (x, letters)}."""
     for name, (x, letters) in given.items():
         tensor(name, x, letters, sizes)
+
+
+def _head_first(letters, shape, sizes):
+    """Whether a shape that does not fit would with its heads, or with q's, before the tokens."""
+    T, H = sizes.get("T"), sizes.get("H")
+    match letters[1:3]:
+        case ["T", "H" | "HV"]:
+            return shape[1] != T and (shape[2] == T or (shape[2] == H and shape[1] % T == 0))
+        case ["HV", "K" | "V"]:  # a state's heads, where all of q, k, v have T heads for H tokens
+            return shape[1] == T
+    return False
 
 
 def grouped(name, sizes):
@@ -97,6 +109,16 @@ def flags(**given):
 def number_or(name, x, default):
     """A finite number as a float; `default` for None."""
     return default if x is None else number(name, x)
+
+
+def scale_or(x, default):
+    """`scale` as a float, `default` for None. A scalar array counts where its value is known."""
+    if isinstance(x, np.ndarray | jax.Array) and x.shape == ():
+        if not concrete(x):
+            expected = "a number that is known when jit traces (a static argument)"
+            raise TypeError(f"scale: expected {expected}, got a traced {x.dtype}")
+        x = x.item()
+    return number_or("scale", x, default)
 
 
 def number(name, x):
@@ -138,7 +160,8 @@ def storage(dtype, name="storage_dtype"):
 
 
 def guarded(op, contract):
-    """`op` behind `contract`, which takes some of its arguments: for modules that do not import this one."""
+    """`op` behind `contract`, which takes some of its arguments and may return some in another form: for
+    modules that do not import this one."""
     signature = inspect.signature(op)
     names = inspect.signature(contract).parameters
 
@@ -146,8 +169,9 @@ def guarded(op, contract):
     def checked(*args, **kwargs):
         arguments = signature.bind(*args, **kwargs)
         arguments.apply_defaults()
-        contract(**{name: x for name, x in arguments.arguments.items() if name in names})
-        return op(*args, **kwargs)
+        given = {name: x for name, x in arguments.arguments.items() if name in names}
+        arguments.arguments |= contract(**given)
+        return op(*arguments.args, **arguments.kwargs)
 
     return checked
 
@@ -159,12 +183,17 @@ def chunk_columns(name, x):
 
 def chunks(chunk_size, cu_seqlens, chunk_indices, T):
     """`chunk_indices [NT, 2]` against what it lists; returns `chunk_size`, a NumPy one as an int."""
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral):
-        raise TypeError(f"chunk_size: expected one of {CHUNK_SIZES}, got {_describe(chunk_size)}")
-    _require(chunk_size in CHUNK_SIZES, "chunk_size", f"one of {CHUNK_SIZES}", chunk_size)
-    chunk_size = int(chunk_size)
+    expected = f"one of {CHUNK_SIZES}"
+    _integer("chunk_size", chunk_size, expected)
+    _require(chunk_size in CHUNK_SIZES, "chunk_size", expected, chunk_size)
+    chunk_list(chunk_size, cu_seqlens, chunk_indices, T)
+    return int(chunk_size)
+
+
+def chunk_list(chunk_size, cu_seqlens, chunk_indices, T):
+    """`chunk_indices [NT, 2]` lists the chunks of cu_seqlens, or is None."""
     if chunk_indices is None:
-        return chunk_size
+        return
     _require(cu_seqlens is not None, "chunk_indices", "None without cu_seqlens", _describe(chunk_indices))
     _integers("chunk_indices", chunk_indices)
     pairs = chunk_indices.ndim == 2 and chunk_indices.shape[1] == 2
@@ -178,7 +207,21 @@ def chunks(chunk_size, cu_seqlens, chunk_indices, T):
         if concrete(chunk_indices):
             same = np.array_equal(exact, np.asarray(chunk_indices))
             _require(same, "chunk_indices", expected, f"{NT} chunks that differ")
-    return chunk_size
+
+
+def chunk_offsets(offsets, cu_seqlens, chunk_size):
+    """`chunk_offsets [N + 1]`, the first chunk of each sequence of cu_seqlens and their number, or None."""
+    if offsets is None:
+        return
+    _require(cu_seqlens is not None, "chunk_offsets", "None without cu_seqlens", _describe(offsets))
+    _integers("chunk_offsets", offsets)
+    _require(
+        offsets.shape == cu_seqlens.shape, "chunk_offsets", f"[N + 1] = {cu_seqlens.shape}", offsets.shape
+    )
+    if concrete(cu_seqlens) and concrete(offsets):
+        counts = -(-np.diff(np.asarray(cu_seqlens)) // chunk_size)
+        expected = f"those of cu_seqlens (prepare_chunk_offsets(cu_seqlens, {chunk_size}))"
+        _same("chunk_offsets", offsets, np.cumsum([0, *counts]), expected)
 
 
 def stage(sizes, chunk_size, cu_seqlens, chunk_indices):
@@ -221,8 +264,11 @@ def cumsum(g, letters, chunk_size, scale, cu_seqlens, chunk_indices):
     sizes = {}
     tensor("g", g, letters, sizes)
     sequences(cu_seqlens, sizes)
-    chunk_size = chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
-    return chunk_size, number_or("scale", scale, 1.0)
+    expected = "a power of two of at least 8"
+    _integer("chunk_size", chunk_size, expected)
+    _require(chunk_size >= 8 and chunk_size & (chunk_size - 1) == 0, "chunk_size", expected, chunk_size)
+    chunk_list(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    return int(chunk_size), scale_or(scale, 1.0)
 
 
 def safe_gate(safe, lower_bound, needed=False):
@@ -235,28 +281,47 @@ def safe_gate(safe, lower_bound, needed=False):
 
 
 def gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe, g):
-    """The options of the in-kernel gate, for g [B, T, HV, K]."""
+    """The options of the in-kernel gate, for g [B, T, HV, K].
+
+    Returns A_log [HV] and dt_bias [HV * K], None where not given. Without `use_gate_in_kernel` both are None:
+    FLA takes them there too, and does not read them.
+    """
     flags(use_gate_in_kernel=use_gate_in_kernel)
     safe_gate(safe, lower_bound, needed=use_gate_in_kernel)
     if use_gate_in_kernel:
-        raw_gate(g, A_log, dt_bias, lower_bound)
-        return
-    for name, x in dict(A_log=A_log, dt_bias=dt_bias).items():
-        _require(x is None, name, "None without use_gate_in_kernel", _describe(x))
+        return raw_gate(g, A_log, dt_bias, lower_bound)
+    _gate_parameters(g, A_log, dt_bias)
+    return None, None
 
 
 def raw_gate(g, A_log, dt_bias, lower_bound):
-    """A gate activation's arguments, for g [..., HV, K]."""
+    """A gate activation's arguments, for g [..., HV, K]; returns A_log [HV] and dt_bias [HV * K] or None."""
     _floating("g", g)
     _require(g.ndim >= 2 and min(g.shape) >= 1, "g", "a shape [..., HV, K] with each of at least 1", g.shape)
     number_or("lower_bound", lower_bound, None)
     given = A_log is not None or lower_bound is not None
     _require(given, "A_log", "an array [HV] for the gate unless lower_bound is given", "None")
+    return _gate_parameters(g, A_log, dt_bias)
+
+
+def _gate_parameters(g, A_log, dt_bias):
+    """A_log [HV], which checkpoints hold as [1, 1, HV, 1], and dt_bias [HV * K], also as [HV, K]."""
     HV, K = g.shape[-2:]
-    for name, x, letters, size in (("A_log", A_log, "HV", HV), ("dt_bias", dt_bias, "HV*K", HV * K)):
-        if x is not None:
-            tensor(name, x, letters, {letters: size})
-            _no_wider(name, x, "g", g.dtype)
+    A_log = _flat("A_log", A_log, {"[HV]": (HV,), "[1, 1, HV, 1]": (1, 1, HV, 1)}, g)
+    return A_log, _flat("dt_bias", dt_bias, {"[HV*K]": (HV * K,), "[HV, K]": (HV, K)}, g)
+
+
+def _flat(name, x, shapes, g):
+    """x in one of the shapes {letters: shape} as an array of one axis, or None."""
+    if x is None:
+        return None
+    _floating(name, x)
+    expected = " or ".join(f"{letters} = {shape}" for letters, shape in shapes.items())
+    size = math.prod(next(iter(shapes.values())))
+    came = f"{x.shape}; of a padded one, take the first {size}" if x.size > size else x.shape
+    _require(x.shape in shapes.values(), name, expected, came)
+    _no_wider(name, x, "g", g.dtype)
+    return x if x.ndim == 1 else x.reshape(-1)
 
 
 def like(name, x, other, y):
@@ -273,13 +338,20 @@ def sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval):
     return (2.0 if allow_neg_eigval else 1.0) if use_beta_sigmoid_in_kernel else None
 
 
+def listed(cu_seqlens):
+    """A list of integers as an array; anything else as it is."""
+    if not isinstance(cu_seqlens, list) or not all(_is_integer(x) for x in cu_seqlens):
+        return cu_seqlens
+    return np.asarray(cu_seqlens)
+
+
 def sequences(cu_seqlens, sizes):
     """`cu_seqlens [N + 1]`, with B = 1 and a last entry of at most T, or None. `sizes` learns N."""
     B, T = sizes["B"], sizes["T"]
     if cu_seqlens is None:
         sizes["N"] = B
         return
-    ends(cu_seqlens)
+    ends("cu_seqlens", cu_seqlens)
     _require(B == 1, "cu_seqlens", "a batch of B=1 that holds the packed sequences", f"B={B}")
     if concrete(cu_seqlens):
         last = np.asarray(cu_seqlens)[-1]
@@ -287,35 +359,73 @@ def sequences(cu_seqlens, sizes):
     sizes["N"] = cu_seqlens.shape[0] - 1
 
 
-def ends(cu_seqlens):
+def known_sequences(cu_seqlens, cu_seqlens_cpu):
+    """cu_seqlens, or the copy of it whose values are known where its own are not: `cu_seqlens_cpu`."""
+    if cu_seqlens_cpu is None:
+        return cu_seqlens
+    _require(cu_seqlens is not None, "cu_seqlens_cpu", "None without cu_seqlens", _describe(cu_seqlens_cpu))
+    cu_seqlens_cpu = listed(cu_seqlens_cpu)
+    ends("cu_seqlens_cpu", cu_seqlens_cpu)
+    expected = f"cu_seqlens's shape {cu_seqlens.shape}"
+    _require(cu_seqlens_cpu.shape == cu_seqlens.shape, "cu_seqlens_cpu", expected, cu_seqlens_cpu.shape)
+    if concrete(cu_seqlens) and concrete(cu_seqlens_cpu):
+        _same("cu_seqlens_cpu", cu_seqlens_cpu, cu_seqlens, "the entries of cu_seqlens")
+    return cu_seqlens if concrete(cu_seqlens) else cu_seqlens_cpu
+
+
+def ends(name, cu_seqlens):
     """`cu_seqlens [N + 1]`: 0 = cu_seqlens[0] <= ... <= cu_seqlens[N]."""
-    _integers("cu_seqlens", cu_seqlens)
+    _integers(name, cu_seqlens)
     right = cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
-    _require(right, "cu_seqlens", "a shape [N + 1] with N of at least 1", cu_seqlens.shape)
+    _require(right, name, "a shape [N + 1] with N of at least 1", cu_seqlens.shape)
     if concrete(cu_seqlens):
         x = np.asarray(cu_seqlens)
-        _require(x[0] == 0, "cu_seqlens", "a first entry of 0", x[0])
+        came = f"{x[0]}; give the padding before it a sequence of its own: [0, {x[0]}, ...]"
+        _require(x[0] == 0, name, "a first entry of 0", came)
         for n in np.flatnonzero(np.diff(x) < 0):
-            _require(False, "cu_seqlens", "entries that do not decrease", f"{x[n]}, {x[n + 1]} at {n}")
+            _require(False, name, "entries that do not decrease", f"{x[n]}, {x[n + 1]} at {n}")
 
 
 def index_helper(cu_seqlens, chunk_size=1):
-    """The contract of `prepare_lens` and `prepare_chunk_offsets`."""
-    ends(cu_seqlens)
+    """The contract of `prepare_lens` and `prepare_chunk_offsets`; returns cu_seqlens as an array."""
+    cu_seqlens = listed(cu_seqlens)
+    ends("cu_seqlens", cu_seqlens)
     at_least_one("chunk_size", chunk_size)
+    return dict(cu_seqlens=cu_seqlens)
 
 
 def at_least_one(name, x):
-    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
-        raise TypeError(f"{name}: expected an integer, got {_describe(x)}")
+    _integer(name, x, "an integer")
     _require(x >= 1, name, "at least 1", x)
 
 
-def known_index_helper(cu_seqlens, chunk_size):
+def known_index_helper(cu_seqlens, chunk_size, cu_seqlens_cpu):
     """The contract of `prepare_chunk_indices`, whose number of rows follows from the values of cu_seqlens."""
-    index_helper(cu_seqlens, chunk_size)
-    if not concrete(cu_seqlens):
+    taken = index_helper(cu_seqlens, chunk_size)
+    cu_seqlens_cpu = listed(cu_seqlens_cpu)
+    if not concrete(known_sequences(taken["cu_seqlens"], cu_seqlens_cpu)):
         raise TypeError("cu_seqlens: expected values that are known (not under jit), got a traced array")
+    return taken | dict(cu_seqlens_cpu=cu_seqlens_cpu)
+
+
+def graph(use_graph, cu_seqlens, max_num_seqs=None):
+    """FLA's arguments for a launch that is replayed with other values of cu_seqlens, as `jit` does anyway."""
+    flags(use_graph=use_graph)
+    if max_num_seqs is not None:
+        at_least_one("max_num_seqs", max_num_seqs)
+    if use_graph and max_num_seqs is not None and cu_seqlens is not None:
+        cu_seqlens = listed(cu_seqlens)
+        ends("cu_seqlens", cu_seqlens)
+        N = cu_seqlens.shape[0] - 1
+        came = f"{max_num_seqs}; repeat the last entry of cu_seqlens until there are as many"
+        _require(max_num_seqs == N, "max_num_seqs", f"the N={N} sequences of cu_seqlens", came)
+
+
+def no_context(cp_context):
+    """FLA's context of a process group: here the mesh is named in the call."""
+    if cp_context is not None:
+        came = f"{_describe(cp_context)}; call context_parallel_kda with a mesh"
+        raise TypeError(f"cp_context: expected None, got {came}")
 
 
 def mesh_axes(mesh, axes, sizes):
@@ -334,6 +444,22 @@ def mesh_axes(mesh, axes, sizes):
         _require(
             size % mesh.shape[axis] == 0, "q", f"{letter} a multiple of the {devices}", f"{letter}={size}"
         )
+
+
+def _same(name, x, other, expected):
+    """Two integer arrays of one shape, whose values are known, are equal."""
+    x, other = np.asarray(x), np.asarray(other)
+    for n in np.flatnonzero(x != other):
+        _require(False, name, expected, f"{x[n]} for {other[n]} at {n}")
+
+
+def _is_integer(x):
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _integer(name, x, expected):
+    if not _is_integer(x):
+        raise TypeError(f"{name}: expected {expected}, got {_describe(x)}")
 
 
 def _require(holds, name, expected, came):

@@ -20,15 +20,21 @@ def chunk_kda(
     allow_neg_eigval=False,
     safe_gate=False,
     lower_bound=None,
+    disable_recompute=False,
     return_intermediate_states=False,
     state_v_first=False,
     cu_seqlens=None,
+    cu_seqlens_cpu=None,
+    cp_context=None,
+    use_graph=False,
+    max_num_seqs=None,
+    *,
     chunk_indices=None,
     chunk_size=64,
     A_log=None,
     dt_bias=None,
-    *,
     storage_dtype=None,
+    output_dtype=None,
     transpose_state_layout=None,
 ):
     """Chunked Kimi Delta Attention: what `naive_recurrent_kda` computes, by matrix products.
@@ -38,11 +44,12 @@ def chunk_kda(
         o_t = scale * q_t^T S_t
 
     Args:
-        q, k: [B, T, H, K]; float64, float32, bfloat16 or float16, one dtype for q, k and v.
-        v: [B, T, HV, V]; HV = G * H, value head h reads q/k head h // G.
+        q, k: [B, T, H, K], of one dtype; float64, float32, bfloat16 or float16.
+        v: [B, T, HV, V]; HV = G * H, value head h reads q/k head h // G. Like all arrays that follow, of any
+            dtype that is no wider than the arithmetic's, promote_types(q.dtype, float32).
         g: [B, T, HV, K], log decay in nats, <= 0 (-inf is a reset); raw with `use_gate_in_kernel`.
         beta: [B, T, HV]; raw with `use_beta_sigmoid_in_kernel`.
-        scale: a number; None is K ** -0.5.
+        scale: a number, or a scalar array whose value is known; None is K ** -0.5.
         initial_state: [N, HV, K, V], or None for zeros; N is the number of sequences (B when dense).
         output_final_state: whether to return the final state.
         use_qk_l2norm_in_kernel: x <- x / sqrt(sum_d x_d^2 + 1e-6) for q and k.
@@ -51,23 +58,30 @@ def chunk_kda(
         allow_neg_eigval: beta <- 2 * sigmoid(beta), in [0, 2).
         safe_gate: accepted for FLA's sake and held to its rules; this op is safe for all gates.
         lower_bound: with `use_gate_in_kernel`, g <- lower_bound * sigmoid(exp(A_log) * (g + dt_bias)).
+        disable_recompute: accepted for FLA's sake, without effect: a gradient keeps the same either way.
         return_intermediate_states: return h, the state that enters each chunk, as a third result.
         state_v_first: states are [..., V, K].
-        cu_seqlens: int32 or int64 [N + 1]; packs N sequences into B = 1, sequence n in tokens
+        cu_seqlens: int32 or int64 [N + 1], or a list; packs N sequences into B = 1, sequence n in tokens
             [cu_seqlens[n], cu_seqlens[n + 1]). Tokens from cu_seqlens[N] on are padding.
+        cu_seqlens_cpu: the same values; where those of cu_seqlens are traced and these are known, h has
+            exactly as many chunks as they make.
+        cp_context: None; `context_parallel_kda` is the op for several devices.
+        use_graph, max_num_seqs: accepted for FLA's sake and held to its rules, N = max_num_seqs with
+            `use_graph`; without effect: under `jit` one program serves every cu_seqlens.
         chunk_indices: int32 or int64 [NT, 2] of `prepare_chunk_indices`; makes the number of chunks exact
             under `jit`, where it is (T + N * (C - 1)) // C otherwise.
         chunk_size: C, one of 16, 32, 64, 128.
-        A_log: [HV], for the gate; may be None beside `lower_bound`.
-        dt_bias: [HV * K] or None, for the gate.
+        A_log: [HV] or [1, 1, HV, 1], for the gate; may be None beside `lower_bound`.
+        dt_bias: [HV * K] or [HV, K] or None, for the gate. Neither is read without `use_gate_in_kernel`.
         storage_dtype: round to it what FLA's kernels store in k's dtype, and the operands that they round
             before a product; None keeps the arithmetic's dtype.
+        output_dtype: the dtype of o; None is q's. float32 holds what 16 bits would round, or overflow.
         transpose_state_layout: the deprecated name of `state_v_first`.
 
     Returns:
-        o [B, T, HV, V] in v's dtype, zero at padding, and the final state [N, HV, K, V] or None, in the
-        arithmetic's dtype, promote_types(q.dtype, float32). With `return_intermediate_states` also
-        h [B, NT, HV, K, V], in `storage_dtype` or the arithmetic's dtype.
+        o [B, T, HV, V] in `output_dtype`, zero at padding, and the final state [N, HV, K, V] or None, in the
+        arithmetic's dtype. With `return_intermediate_states` also h [B, NT, HV, K, V], in `storage_dtype` or
+        k's dtype.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -78,8 +92,11 @@ def chunk_kda(
     checks.flags(
         output_final_state=output_final_state,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        disable_recompute=disable_recompute,
         return_intermediate_states=return_intermediate_states,
     )
+    checks.no_context(cp_context)
+    checks.graph(use_graph, cu_seqlens, max_num_seqs)
     activations = Activations(
         qk_l2norm=use_qk_l2norm_in_kernel,
         gate=use_gate_in_kernel,
@@ -88,8 +105,12 @@ def chunk_kda(
     )
     fields = ("o", "h") if return_intermediate_states else ("o",)
     final_state, made = forward(
-        *(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens, chunk_indices, chunk_size),
-        *(A_log, dt_bias, activations, safe_gate, fields, storage_dtype),
+        *(q, k, v, g, beta, scale, initial_state, state_v_first),
+        *((cu_seqlens, cu_seqlens_cpu, chunk_indices, None), chunk_size),
+        *(A_log, dt_bias, activations, safe_gate, fields, storage_dtype, output_dtype),
+        o_like=q,
     )
     results = made["o"], final_state if output_final_state else None
-    return (*results, made["h"]) if return_intermediate_states else results
+    if not return_intermediate_states:
+        return results
+    return *results, made["h"] if storage_dtype is not None else made["h"].astype(k.dtype)

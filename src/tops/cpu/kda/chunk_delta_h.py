@@ -25,7 +25,9 @@ def chunk_gated_delta_rule_fwd_h(
     save_new_value=True,
     state_v_first=False,
     cu_seqlens=None,
+    cu_seqlens_cpu=None,
     chunk_indices=None,
+    chunk_offsets=None,
     *,
     use_exp2=True,
     storage_dtype=None,
@@ -49,7 +51,7 @@ def chunk_gated_delta_rule_fwd_h(
         chunk_size: C, one of 16, 32, 64, 128.
         save_new_value: whether to return v_new.
         state_v_first: states are [..., V, K]. `transpose_state_layout` is its deprecated name.
-        cu_seqlens, chunk_indices: as for `chunk_kda_fwd`.
+        cu_seqlens, cu_seqlens_cpu, chunk_indices, chunk_offsets: as for `chunk_kda_fwd`.
         use_exp2: the unit of g and gk, log2 (as `chunk_kda_fwd` returns g) or nats.
         storage_dtype: round h, v_new and the operands of the products to it; None keeps them.
 
@@ -65,6 +67,7 @@ def chunk_gated_delta_rule_fwd_h(
     """
     state_v_first = checks.layout(state_v_first, transpose_state_layout)
     checks.flags(output_final_state=output_final_state, save_new_value=save_new_value, use_exp2=use_exp2)
+    cu_seqlens = checks.listed(cu_seqlens)
     sizes = {}
     checks.tensor("k", k, "B T H K", sizes)
     checks.tensor("w", w, "B T HV K", sizes)
@@ -76,9 +79,11 @@ def chunk_gated_delta_rule_fwd_h(
         checks.tensor("gk", gk, "B T HV K", sizes)
     checks.sequences(cu_seqlens, sizes)
     chunk_size = checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    checks.chunk_offsets(chunk_offsets, cu_seqlens, chunk_size)
     checks.states(initial_state, state_v_first, sizes)
     storage_dtype = checks.storage(storage_dtype)
-    NT = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
+    known = checks.known_sequences(cu_seqlens, cu_seqlens_cpu)
+    NT = chunking.exact_num_chunks(sizes["T"], known, chunk_indices, chunk_size)
     h, v_new, final_state = _chunk_gated_delta_rule_fwd_h(
         *(k, w, u, g, gk, initial_state, cu_seqlens),
         **dict(NT=NT, C=chunk_size, state_v_first=state_v_first, use_exp2=use_exp2),

@@ -37,6 +37,7 @@ def chunk_kda_fwd(
     output_final_state=False,
     state_v_first=False,
     cu_seqlens=None,
+    cu_seqlens_cpu=None,
     chunk_indices=None,
     chunk_size=64,
     safe_gate=False,
@@ -46,8 +47,12 @@ def chunk_kda_fwd(
     dt_bias=None,
     disable_recompute=False,
     return_intermediate_states=False,
+    cp_context=None,
+    use_graph=False,
+    chunk_offsets=None,
     *,
     storage_dtype=None,
+    output_dtype=None,
     transpose_state_layout=None,
 ):
     """The chunked KDA forward with every tensor that its four stages make.
@@ -60,34 +65,40 @@ def chunk_kda_fwd(
     with qg = q D(i<-0), kg = k D(C<-j), and D the decay over a token range.
 
     Args:
-        q, k: [B, T, H, K]; float64, float32, bfloat16 or float16, one dtype for q, k and v.
-        v: [B, T, HV, V]; HV = G * H, value head h reads q/k head h // G.
+        q, k: [B, T, H, K], of one dtype; float64, float32, bfloat16 or float16.
+        v: [B, T, HV, V]; HV = G * H, value head h reads q/k head h // G. Like all arrays that follow, of any
+            dtype that is no wider than the arithmetic's, promote_types(q.dtype, float32).
         g: [B, T, HV, K], log decay in nats, <= 0 (-inf is a reset); raw with `use_gate_in_kernel`.
         beta: [B, T, HV].
-        scale: a number; None is K ** -0.5.
+        scale: a number, or a scalar array whose value is known; None is K ** -0.5.
         initial_state: [N, HV, K, V], or None for zeros; N is the number of sequences (B when dense).
         output_final_state: whether to return the final state.
         state_v_first: states are [..., V, K] in `initial_state`, `final_state` and `h`.
-        cu_seqlens: int32 or int64 [N + 1]; packs N sequences into B = 1, sequence n in tokens
+        cu_seqlens: int32 or int64 [N + 1], or a list; packs N sequences into B = 1, sequence n in tokens
             [cu_seqlens[n], cu_seqlens[n + 1]). Tokens from cu_seqlens[N] on are padding.
+        cu_seqlens_cpu: the same values; where those of cu_seqlens are traced and these are known, h has
+            exactly as many chunks as they make.
         chunk_indices: int32 or int64 [NT, 2] of `prepare_chunk_indices`; makes NT exact under `jit`, where it
             is (T + N * (C - 1)) // C otherwise.
         chunk_size: C, one of 16, 32, 64, 128.
         safe_gate: accepted for FLA's sake and held to its rules; this forward is safe for all gates.
         lower_bound: with `use_gate_in_kernel`, g <- lower_bound * sigmoid(exp(A_log) (g + dt_bias)).
         use_gate_in_kernel: g <- -exp(A_log) * softplus(g + dt_bias), unless `lower_bound` is given.
-        A_log: [HV], for the gate; may be None beside `lower_bound`.
-        dt_bias: [HV * K] or None, for the gate.
+        A_log: [HV] or [1, 1, HV, 1], for the gate; may be None beside `lower_bound`.
+        dt_bias: [HV * K] or [HV, K] or None, for the gate. Neither is read without `use_gate_in_kernel`.
         disable_recompute: return w, u, qg, kg, v_new, h, and g also of an in-kernel gate.
         return_intermediate_states: return h.
+        cp_context: None; `context_parallel_kda` is the op for several devices.
+        use_graph: accepted for FLA's sake, without effect: under `jit` one program serves every cu_seqlens.
+        chunk_offsets: int32 or int64 [N + 1] of `prepare_chunk_offsets`, or None; without effect.
         storage_dtype: round to it what FLA's kernels store in k's dtype (Aqk, Akk, w, u, qg, kg, v_new, h)
             and the operands that they round before a product; None keeps the arithmetic's dtype.
+        output_dtype: the dtype of o; None is v's.
         transpose_state_layout: the deprecated name of `state_v_first`.
 
     Returns:
-        `ChunkKDAForward`. o has v's dtype; final_state and g have the arithmetic's, promote_types(q.dtype,
-        float32); the others have `storage_dtype`, or else the arithmetic's. All are zero where no sequence
-        has a token or a chunk.
+        `ChunkKDAForward`. o has `output_dtype`; final_state and g have the arithmetic's; the others have
+        `storage_dtype`, or else the arithmetic's. All are zero where no sequence has a token or a chunk.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -101,6 +112,8 @@ def chunk_kda_fwd(
         disable_recompute=disable_recompute,
         return_intermediate_states=return_intermediate_states,
     )
+    checks.no_context(cp_context)
+    checks.graph(use_graph, cu_seqlens)
     fields = ("o", "Aqk", "Akk")
     if disable_recompute or not use_gate_in_kernel:
         fields += ("g",)
@@ -109,9 +122,11 @@ def chunk_kda_fwd(
     if disable_recompute or return_intermediate_states:
         fields += ("h",)
     final_state, made = forward(
-        *(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens, chunk_indices, chunk_size),
+        *(q, k, v, g, beta, scale, initial_state, state_v_first),
+        *((cu_seqlens, cu_seqlens_cpu, chunk_indices, chunk_offsets), chunk_size),
         *(A_log, dt_bias, Activations(gate=use_gate_in_kernel, lower_bound=lower_bound)),
-        *(safe_gate, fields, storage_dtype),
+        *(safe_gate, fields, storage_dtype, output_dtype),
+        o_like=v,
     )
     made["final_state"] = final_state if output_final_state else None
     made["initial_state"] = initial_state
@@ -119,23 +134,32 @@ def chunk_kda_fwd(
 
 
 def forward(
-    q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens, chunk_indices, chunk_size,
-    A_log, dt_bias, activations, safe_gate, fields, storage_dtype,
+    q, k, v, g, beta, scale, initial_state, state_v_first, packing, chunk_size,
+    A_log, dt_bias, activations, safe_gate, fields, storage_dtype, output_dtype, o_like,
 ):  # fmt: skip
-    """(final_state, {field: tensor}) after the checks: what `chunk_kda_fwd` and `chunk_kda` share."""
+    """(final_state, {field: tensor}) after the checks: what `chunk_kda_fwd` and `chunk_kda` share.
+
+    `packing` is cu_seqlens, cu_seqlens_cpu, chunk_indices, chunk_offsets. Without an output_dtype, o has
+    that of `o_like`.
+    """
+    cu_seqlens, cu_seqlens_cpu, chunk_indices, chunk_offsets = packing
+    cu_seqlens = checks.listed(cu_seqlens)
     scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
     chunk_size = checks.chunks(chunk_size, cu_seqlens, chunk_indices, q.shape[1])
-    checks.gate(activations.gate, A_log, dt_bias, activations.lower_bound, safe_gate, g)
+    checks.chunk_offsets(chunk_offsets, cu_seqlens, chunk_size)
+    known = checks.known_sequences(cu_seqlens, cu_seqlens_cpu)
+    A_log, dt_bias = checks.gate(activations.gate, A_log, dt_bias, activations.lower_bound, safe_gate, g)
     storage_dtype = checks.storage(storage_dtype)
+    output_dtype = checks.storage(output_dtype, "output_dtype") or o_like.dtype
     NT = chunking.num_chunks(q.shape[1], cu_seqlens, chunk_indices, chunk_size)
     packed = cu_seqlens is not None
     final_state, made = scan_chunks(
         *(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias),
         NT=NT,
         state_v_first=state_v_first,
-        config=Config(chunk_size, scale, activations, fields, storage_dtype, packed),
+        config=Config(chunk_size, scale, activations, fields, storage_dtype, output_dtype, packed),
     )
     if "h" in made:
-        NT = chunking.exact_num_chunks(q.shape[1], cu_seqlens, chunk_indices, chunk_size)
+        NT = chunking.exact_num_chunks(q.shape[1], known, chunk_indices, chunk_size)
         made["h"] = made["h"][:, :NT]
     return final_state, made

@@ -24,6 +24,7 @@ def chunk_kda_fwd_intra(
     safe_gate=False,
     lower_bound=None,
     disable_recompute=False,
+    use_graph=False,
     *,
     use_exp2=True,
     storage_dtype=None,
@@ -42,7 +43,7 @@ def chunk_kda_fwd_intra(
         beta: [B, T, HV].
         scale: a number; None is K ** -0.5.
         chunk_size: C, one of 16, 32, 64, 128.
-        cu_seqlens, chunk_indices: as for `chunk_kda_fwd`.
+        cu_seqlens, chunk_indices, use_graph: as for `chunk_kda_fwd`.
         safe_gate, lower_bound: accepted for FLA's sake; the products of decays are safe for all gates.
         disable_recompute: return qg too.
         use_exp2: the unit of gk, log2 (as `chunk_kda_fwd` returns g) or nats.
@@ -59,6 +60,8 @@ def chunk_kda_fwd_intra(
     Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.chunk_intra.chunk_kda_fwd_intra`.
     """
     checks.flags(disable_recompute=disable_recompute, use_exp2=use_exp2)
+    cu_seqlens = checks.listed(cu_seqlens)
+    checks.graph(use_graph, cu_seqlens)
     sizes = {}
     checks.tensor("q", q, "B T H K", sizes)
     checks.tensor("k", k, "B T H K", sizes)
@@ -69,7 +72,7 @@ def chunk_kda_fwd_intra(
     checks.sequences(cu_seqlens, sizes)
     chunk_size = checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
     checks.safe_gate(safe_gate, lower_bound)
-    scale = checks.number_or("scale", scale, sizes["K"] ** -0.5)
+    scale = checks.scale_or(scale, sizes["K"] ** -0.5)
     storage_dtype = checks.storage(storage_dtype)
     NT = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
     w, u, qg, kg, Aqk, Akk = _chunk_kda_fwd_intra(

@@ -23,9 +23,11 @@ def chunk_gla_fwd_o_gk(
     cu_seqlens=None,
     chunk_size=64,
     chunk_indices=None,
+    use_graph=False,
     *,
     use_exp2=True,
     storage_dtype=None,
+    output_dtype=None,
     transpose_state_layout=None,
 ):
     """Stage 4 on its own, in token layout.
@@ -41,12 +43,13 @@ def chunk_gla_fwd_o_gk(
         scale: a number; None is K ** -0.5.
         state_v_first: h is [B, NT, HV, V, K]. `transpose_state_layout` is its deprecated name.
         chunk_size: C, one of 16, 32, 64, 128.
-        cu_seqlens, chunk_indices: as for `chunk_kda_fwd`.
+        cu_seqlens, chunk_indices, use_graph: as for `chunk_kda_fwd`.
         use_exp2: the unit of g, log2 (as `chunk_kda_fwd` returns g) or nats.
         storage_dtype: round the operands of the products to it; None keeps them.
+        output_dtype: the dtype of o; None is v's.
 
     Returns:
-        o [B, T, HV, V] in v's dtype, zero at padding.
+        o [B, T, HV, V] in `output_dtype`, zero at padding.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -55,6 +58,8 @@ def chunk_gla_fwd_o_gk(
     """
     state_v_first = checks.layout(state_v_first, transpose_state_layout)
     checks.flags(use_exp2=use_exp2)
+    cu_seqlens = checks.listed(cu_seqlens)
+    checks.graph(use_graph, cu_seqlens)
     sizes = {}
     checks.tensor("q", q, "B T H K", sizes)
     checks.tensor("v", v, "B T HV V", sizes)
@@ -66,16 +71,17 @@ def chunk_gla_fwd_o_gk(
     checks.tensor("A", A, "B T HV C", sizes)
     sizes["NT"] = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
     checks.tensor("h", h, "B NT HV V K" if state_v_first else "B NT HV K V", sizes)
-    scale = checks.number_or("scale", scale, sizes["K"] ** -0.5)
+    scale = checks.scale_or(scale, sizes["K"] ** -0.5)
     storage_dtype = checks.storage(storage_dtype)
     return _chunk_gla_fwd_o_gk(
         *(q, v, g, A, chunking.turn(h, state_v_first), cu_seqlens),
         **dict(scale=scale, use_exp2=use_exp2, storage_dtype=storage_dtype),
+        output_dtype=checks.storage(output_dtype, "output_dtype") or v.dtype,
     )
 
 
-@partial(jax.jit, static_argnames=("scale", "use_exp2", "storage_dtype"))
-def _chunk_gla_fwd_o_gk(q, v, g, A, h, cu_seqlens, *, scale, use_exp2, storage_dtype):
+@partial(jax.jit, static_argnames=("scale", "use_exp2", "storage_dtype", "output_dtype"))
+def _chunk_gla_fwd_o_gk(q, v, g, A, h, cu_seqlens, *, scale, use_exp2, storage_dtype, output_dtype):
     (T, HV), C, NT = v.shape[1:3], A.shape[-1], h.shape[1]
     dtype = jnp.result_type(jnp.float32, q, v, g, A, h)
     store = storage(storage_dtype)
@@ -85,4 +91,4 @@ def _chunk_gla_fwd_o_gk(q, v, g, A, h, cu_seqlens, *, scale, use_exp2, storage_d
     Aqk = jnp.where(jnp.tril(jnp.ones((C, C), bool)), chunks.split(A), 0)
     qg_S = matmul(store(chunks.split(q) * prefix), store(S))
     o = output(scale * qg_S, Aqk, chunks.split(v))
-    return chunks.merge(o, v.dtype)
+    return chunks.merge(o, output_dtype)

@@ -77,12 +77,14 @@ def prepare_chunk_offsets(cu_seqlens, chunk_size):
     return jnp.concatenate([jnp.zeros_like(counts[:1]), jnp.cumsum(counts, dtype=counts.dtype)])
 
 
-def prepare_chunk_indices(cu_seqlens, chunk_size):
+def prepare_chunk_indices(cu_seqlens, chunk_size, cu_seqlens_cpu=None):
     """(sequence, chunk of the sequence) of every chunk, in sequence order: [NT, 2].
 
-    NT follows from the values of cu_seqlens, which must be concrete: not for use under `jit`.
+    NT follows from the values of cu_seqlens, or of its copy `cu_seqlens_cpu`: under `jit` those of the copy
+    may be known.
     """
-    counts = -(-np.diff(np.asarray(cu_seqlens)) // chunk_size)
+    known = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+    counts = -(-np.diff(np.asarray(known)) // chunk_size)
     sequence = np.repeat(np.arange(len(counts)), counts)
     first = np.repeat(np.cumsum(counts) - counts, counts)
     return np.stack([sequence, np.arange(len(sequence)) - first], axis=1).astype(cu_seqlens.dtype)

@@ -45,17 +45,18 @@ def context_parallel_kda(
     allow_neg_eigval=False,
     safe_gate=False,
     lower_bound=None,
+    *,
     state_v_first=False,
     cu_seqlens=None,
     chunk_size=64,
     A_log=None,
     dt_bias=None,
-    *,
     mesh,
     axis_name,
     batch_axis_name=None,
     head_axis_name=None,
     storage_dtype=None,
+    output_dtype=None,
 ):
     """`chunk_kda` with the time axis sharded over the P devices of a mesh axis.
 
@@ -78,6 +79,7 @@ def context_parallel_kda(
         batch_axis_name, head_axis_name: mesh axes that B, and H and HV together, are sharded over too; their
             devices divide B, and H. None: all of it on every device.
         storage_dtype: as for `chunk_kda`; the maps are not rounded.
+        output_dtype: as for `chunk_kda`.
 
     Returns:
         o [B, T, HV, V], sharded as v is, and the final state [N, HV, K, V] or None, the same on every device
@@ -93,9 +95,10 @@ def context_parallel_kda(
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         state_v_first=state_v_first,
     )
+    cu_seqlens = checks.listed(cu_seqlens)
     scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
     chunk_size = checks.chunks(chunk_size, cu_seqlens, None, q.shape[1])
-    checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
+    A_log, dt_bias = checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
     axes = dict(
         axis_name=(axis_name, "T"),
         batch_axis_name=(batch_axis_name, "B"),
@@ -113,6 +116,7 @@ def context_parallel_kda(
         **dict(C=chunk_size, scale=scale, state_v_first=state_v_first, activations=activations),
         **dict(output_final_state=output_final_state, storage_dtype=checks.storage(storage_dtype)),
         **dict(mesh=mesh, axis_name=axis_name, batch_axis=batch_axis_name, head_axis=head_axis_name),
+        output_dtype=checks.storage(output_dtype, "output_dtype") or q.dtype,
     )
     return o, final_state
 
@@ -121,17 +125,17 @@ def context_parallel_kda(
     jax.jit,
     static_argnames=(
         *("C", "scale", "state_v_first", "activations", "output_final_state", "storage_dtype"),
-        *("mesh", "axis_name", "batch_axis", "head_axis"),
+        *("output_dtype", "mesh", "axis_name", "batch_axis", "head_axis"),
     ),
 )
 def _context_parallel(
     q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
     *, C, scale, state_v_first, activations, output_final_state, storage_dtype,
-    mesh, axis_name, batch_axis, head_axis,
+    output_dtype, mesh, axis_name, batch_axis, head_axis,
 ):  # fmt: skip
     packed = cu_seqlens is not None
     ends = jnp.asarray(cu_seqlens if packed else [0, q.shape[1]], jnp.int32)
-    config = Config(C, scale, activations, ("o",), storage_dtype, packed)
+    config = Config(C, scale, activations, ("o",), storage_dtype, output_dtype, packed)
 
     def on_device(q, k, v, g, beta, initial_state, ends, A_log, dt_bias):
         (B, T, HV, V), K = v.shape, k.shape[-1]  # what is here of them

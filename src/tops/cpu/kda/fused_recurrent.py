@@ -27,11 +27,12 @@ def fused_recurrent_kda(
     use_gate_in_kernel=False,
     use_beta_sigmoid_in_kernel=False,
     allow_neg_eigval=False,
-    safe_gate=False,
     lower_bound=None,
     state_v_first=False,
     cu_seqlens=None,
     *,
+    safe_gate=False,
+    output_dtype=None,
     transpose_state_layout=None,
 ):
     """What `chunk_kda` computes, one token after the other: for a few tokens a sequence.
@@ -41,11 +42,12 @@ def fused_recurrent_kda(
         o_t = scale * q_t^T S_t
 
     Args:
-        As for `chunk_kda`, without its chunks. One token of each of N sequences is a call with
-        cu_seqlens = arange(N + 1) or, faster still, a dense call with B = N and T = 1.
+        As for `chunk_kda`, without its chunks; without `output_dtype`, o has v's dtype. One token of each
+        of N sequences is a call with cu_seqlens = arange(N + 1) or, faster still, a dense call with B = N and
+        T = 1.
 
     Returns:
-        o [B, T, HV, V] in v's dtype, zero at padding, and the final state [N, HV, K, V] or None, in the
+        o [B, T, HV, V] in `output_dtype`, zero at padding, and the final state [N, HV, K, V] or None, in the
         arithmetic's dtype, promote_types(q.dtype, float32).
 
     Raises:
@@ -55,8 +57,9 @@ def fused_recurrent_kda(
     """
     state_v_first = checks.layout(state_v_first, transpose_state_layout)
     checks.flags(output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
+    cu_seqlens = checks.listed(cu_seqlens)
     scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
-    checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
+    A_log, dt_bias = checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
     activations = Activations(
         qk_l2norm=use_qk_l2norm_in_kernel,
         gate=use_gate_in_kernel,
@@ -66,14 +69,16 @@ def fused_recurrent_kda(
     o, final_state = _scan_tokens(
         *(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens),
         **dict(scale=scale, activations=activations, state_v_first=state_v_first),
+        output_dtype=checks.storage(output_dtype, "output_dtype") or v.dtype,
     )
     return o, final_state if output_final_state else None
 
 
-@partial(jax.jit, static_argnames=("scale", "activations", "state_v_first"))
+@partial(jax.jit, static_argnames=("scale", "activations", "state_v_first", "output_dtype"))
 def _scan_tokens(
-    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, *, scale, activations, state_v_first
-):
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens,
+    *, scale, activations, state_v_first, output_dtype,
+):  # fmt: skip
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -86,10 +91,10 @@ def _scan_tokens(
         q, k, g, beta = activate(q, k, g, beta, A_log, dt_bias, activations, storage(None))
         q, k, v, g, beta = (chunking.split_heads(y, HV)[..., 0, :] for y in (q, k, v, g, beta[..., None]))
         S, o = one_token(S, q, k, v, g, beta, scale)
-        return S, o.astype(v_dtype)
+        return S, o.astype(output_dtype)
 
     def pad(S, q, k, v, g, beta):
-        return S, jnp.zeros((B, HV, V), v_dtype)
+        return S, jnp.zeros((B, HV, V), output_dtype)
 
     def step(states, token):
         n, *x = token
@@ -100,7 +105,6 @@ def _scan_tokens(
             S, o = compute(S, *x)
         return chunking.write_state(states, S, n, packed), o
 
-    v_dtype = v.dtype
     token = jnp.arange(T)
     sequence = chunking.sequence_of_token(cu_seqlens, token) if packed else jnp.zeros(T, int)
     inputs = (jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta))

@@ -15,8 +15,8 @@ def kda_gate_fwd(g, A_log=None, dt_bias=None, lower_bound=None, output_dtype=jnp
 
     Args:
         g: [..., HV, K], raw; float64, float32, bfloat16 or float16, as everything here.
-        A_log: [HV]; may be None beside `lower_bound`: then exp(A_log) is 1.
-        dt_bias: [HV * K] or None.
+        A_log: [HV] or [1, 1, HV, 1]; may be None beside `lower_bound`: then exp(A_log) is 1.
+        dt_bias: [HV * K] or [HV, K], or None.
         lower_bound: a number or None.
         output_dtype: the dtype of the result; None is g's.
 
@@ -28,7 +28,7 @@ def kda_gate_fwd(g, A_log=None, dt_bias=None, lower_bound=None, output_dtype=jnp
 
     Source: `fla.ops.kda.gate.kda_gate_fwd`, `fused_kda_gate`.
     """
-    checks.raw_gate(g, A_log, dt_bias, lower_bound)
+    A_log, dt_bias = checks.raw_gate(g, A_log, dt_bias, lower_bound)
     output_dtype = checks.storage(output_dtype, "output_dtype")
     A_log, dt_bias = (None if x is None else _widen(x) for x in (A_log, dt_bias))
     return log_decay(_widen(g), A_log, dt_bias, lower_bound).astype(output_dtype or g.dtype)
@@ -94,16 +94,18 @@ def chunk_local_cumsum(
     cu_seqlens=None,
     output_dtype=jnp.float32,
     chunk_indices=None,
+    use_graph=False,
 ):
     """The cumulative sum over each chunk: G_i = scale * (g_1 + ... + g_i), or g_i + ... + g_C with `reverse`.
 
     Args:
         g: [B, T, HV] or [B, T, HV, K]; float64, float32, bfloat16 or float16.
-        chunk_size: C, one of 16, 32, 64, 128.
+        chunk_size: C, a power of two of at least 8.
         reverse: sum from the chunk's end.
         scale: a number, None is 1; 1 / ln 2 turns nats into log2.
         cu_seqlens, chunk_indices: as for `chunk_kda_fwd`.
         output_dtype: the dtype of the result; None is g's.
+        use_graph: accepted for FLA's sake, without effect: under `jit` one program serves every cu_seqlens.
 
     Returns:
         The shape of g, in g's unit times `scale`; zero at padding.
@@ -114,6 +116,8 @@ def chunk_local_cumsum(
     Source: `fla.ops.utils.cumsum.chunk_local_cumsum`.
     """
     checks.flags(reverse=reverse)
+    cu_seqlens = checks.listed(cu_seqlens)
+    checks.graph(use_graph, cu_seqlens)
     letters = "B T HV" if getattr(g, "ndim", None) == 3 else "B T HV K"
     chunk_size, scale = checks.cumsum(g, letters, chunk_size, scale, cu_seqlens, chunk_indices)
     output_dtype = checks.storage(output_dtype, "output_dtype") or g.dtype
@@ -137,11 +141,14 @@ def kda_gate_chunk_cumsum(
     output_dtype=jnp.float32,
     chunk_indices=None,
     lower_bound=None,
+    use_graph=False,
 ):
     """`chunk_local_cumsum` of `kda_gate_fwd`, with their arguments: what `chunk_kda_fwd` returns as g.
 
     Source: `fla.ops.kda.gate.kda_gate_chunk_cumsum`.
     """
+    cu_seqlens = checks.listed(cu_seqlens)
+    checks.graph(use_graph, cu_seqlens)
     chunk_size, scale = checks.cumsum(g, "B T HV K", chunk_size, scale, cu_seqlens, chunk_indices)
     output_dtype = checks.storage(output_dtype, "output_dtype") or g.dtype
     decay = kda_gate_fwd(g, A_log, dt_bias, lower_bound, jnp.promote_types(g.dtype, jnp.float32))

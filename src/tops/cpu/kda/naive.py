@@ -12,7 +12,7 @@ from jax import lax
 
 @partial(jax.jit, static_argnames=("scale", "output_final_state"))
 def naive_recurrent_kda(
-    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, *, cu_seqlens=None
 ):
     """Kimi Delta Attention by its recurrence, one token after the other.
 
@@ -70,8 +70,9 @@ def naive_recurrent_kda(
 
 @partial(jax.jit, static_argnames=("scale", "output_final_state", "chunk_size"))
 def naive_chunk_kda(
-    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, chunk_size=64, cu_seqlens=None
-):
+    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, chunk_size=64,
+    *, cu_seqlens=None,
+):  # fmt: skip
     """Kimi Delta Attention chunk by chunk: the four stages, with every matrix and every decay written out.
 
         Aqk[i,j] = sum_d q_i k_j D(i<-j), j <= i      L[i,j] = beta_i sum_d k_i k_j D(i<-j), j < i     stage 1

@@ -23,6 +23,7 @@ class Config(NamedTuple):
     activations: Activations
     fields: tuple  # the tensors to return; () without a storage_dtype is the state pass alone, without q
     storage_dtype: np.dtype | None
+    output_dtype: np.dtype  # of o
     packed: bool
 
 
@@ -60,11 +61,10 @@ def forward_scan(config, chunks, states, inputs, parameters, keep=False):
     (B, T, HV, V), K, C, dtype = inputs[2].shape, inputs[0].shape[-1], config.C, states.dtype
     widths = dict(o=V, g=K, Aqk=C, Akk=C, w=K, u=V, qg=K, kg=K, v_new=V)
     widths = {field: width for field, width in widths.items() if field in config.fields}
-    beta_dtype = (
-        inputs[4].dtype if config.activations.beta_scale is None else dtype
-    )  # FLA's sigmoid is float32
+    # FLA's kernel of beta's sigmoid returns float32.
+    beta_dtype = inputs[4].dtype if config.activations.beta_scale is None else dtype
     stores = storage(config.storage_dtype), beta_k_storage(config.storage_dtype, beta_dtype)
-    stored = dict.fromkeys(widths, config.storage_dtype or dtype) | dict(o=inputs[2].dtype, g=dtype)
+    stored = dict.fromkeys(widths, config.storage_dtype or dtype) | dict(o=config.output_dtype, g=dtype)
 
     def compute(S, length, *rows):
         S, tensors = _stages(config, stores, S, *_heads(config, length, rows, parameters))

@@ -12,9 +12,21 @@ from .rounding import beta_k_storage, storage
 
 
 def recompute_w_u_fwd(
-    k, v, beta, A, gk, q=None, cu_seqlens=None, chunk_indices=None, *, use_exp2=True, storage_dtype=None
+    k,
+    v,
+    beta,
+    A,
+    *,
+    gk,
+    q=None,
+    cu_seqlens=None,
+    chunk_indices=None,
+    use_graph=False,
+    use_exp2=True,
+    storage_dtype=None,
 ):
-    """Stage 2 on its own, in token layout.
+    """Stage 2 on its own, in token layout. By keyword from gk on: FLA's releases differ in which of q and gk
+    comes first.
 
         w = A (beta * k * D(i<-0))      u = A (beta * v)
         qg = q * D(i<-0)                kg = k * D(C<-j)
@@ -26,7 +38,7 @@ def recompute_w_u_fwd(
         A: [B, T, HV, C], the inverse Akk of `chunk_kda_fwd_intra`.
         gk: [B, T, HV, K], chunk-local cumulative sum of the log decays, finite; in `use_exp2`'s unit.
         q: [B, T, H, K], or None: then qg is None.
-        cu_seqlens, chunk_indices: as for `chunk_kda_fwd`.
+        cu_seqlens, chunk_indices, use_graph: as for `chunk_kda_fwd`.
         use_exp2: the unit of gk, log2 (as `chunk_kda_fwd` returns g) or nats.
         storage_dtype: round w, u, qg, kg and the operands of the products to it; None keeps them.
 
@@ -40,6 +52,8 @@ def recompute_w_u_fwd(
     Source: Kimi Linear (arXiv 2510.26692), section 3; `fla.ops.kda.wy_fast.recompute_w_u_fwd`.
     """
     checks.flags(use_exp2=use_exp2)
+    cu_seqlens = checks.listed(cu_seqlens)
+    checks.graph(use_graph, cu_seqlens)
     sizes = {}
     checks.tensor("k", k, "B T H K", sizes)
     checks.tensor("v", v, "B T HV V", sizes)
