@@ -43,6 +43,7 @@ HELPERS = {
 GATES = {op: dict(g=G) for op in (kda.kda_gate_fwd, kda.naive_kda_gate, kda.naive_kda_lowerbound_gate)}
 COPIED = {kda.chunk_kda, kda.chunk_kda_fwd, *STATE_PASS, kda.prepare_chunk_indices}
 SCALED = FORWARD.keys() | ORACLES | STAGES.keys() - {kda.recompute_w_u_fwd}
+STATE = np.ones((HV, K, V), np.float32)
 IN_KERNEL = dict(use_gate_in_kernel=True)
 PARAMETERS = dict(A_log=A_LOG, dt_bias=DT_BIAS)
 IN_CHECKPOINTS = dict(A_log=A_LOG.reshape(1, 1, HV, 1), dt_bias=DT_BIAS.reshape(HV, K))
@@ -63,6 +64,7 @@ FORMS = [
     ("scale", dict(scale=jnp.float32(0.75)), dict(scale=0.75), SCALED),
     ("parameters that nobody reads", PARAMETERS, {}, {*FORWARD}),
     ("parameters", IN_KERNEL | IN_CHECKPOINTS, IN_KERNEL | PARAMETERS, {*FORWARD}),
+    ("state of one sequence", dict(initial_state=STATE), dict(initial_state=STATE[None]), {*ORACLES}),
     ("parameters of a gate", IN_CHECKPOINTS, PARAMETERS, {*GATES, kda.kda_gate_chunk_cumsum}),
 ]
 ARRAYS = FORWARD | ORACLES | STAGES | STATE_PASS | HELPERS | GATES

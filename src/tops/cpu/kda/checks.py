@@ -45,8 +45,10 @@ def oracle(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlen
     """The contract of `naive_recurrent_kda`; returns the arguments that it is to get in another form."""
     flags(output_final_state=output_final_state)
     cu_seqlens = listed(cu_seqlens)
+    if isinstance(initial_state, np.ndarray | jax.Array) and initial_state.ndim == 3:  # of one sequence
+        initial_state = initial_state[None]
     scale = forward(q, k, v, g, beta, scale, initial_state, cu_seqlens=cu_seqlens)
-    return dict(scale=scale, cu_seqlens=cu_seqlens)
+    return dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def oracle_in_chunks(q, k, v, g, beta, scale, initial_state, output_final_state, chunk_size, cu_seqlens):

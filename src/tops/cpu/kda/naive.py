@@ -26,7 +26,8 @@ def naive_recurrent_kda(
         g: [B, T, HV, K], log decay in nats, <= 0.
         beta: [B, T, HV].
         scale: a number; None is K ** -0.5.
-        initial_state: [N, HV, K, V], or None for zeros; N is the number of sequences (B when dense).
+        initial_state: [N, HV, K, V], or None for zeros; N is the number of sequences (B when dense). Of one
+            sequence also [HV, K, V].
         output_final_state: whether to return the final state.
         cu_seqlens: int32 or int64 [N + 1]; packs N sequences into B = 1, tokens from cu_seqlens[-1] on are
             padding.
