@@ -63,11 +63,11 @@ def tensor(name, x, letters, sizes):
     letters = letters.split()
     shape = f"[{', '.join(letters)}]"
     _require(x.ndim == len(letters), name, f"a shape {shape}", tuple(x.shape))
-    known = [sizes.get(letter, size) for letter, size in zip(letters, x.shape, strict=True)]
+    fits = all(sizes.get(letter, size) == size for letter, size in zip(letters, x.shape, strict=True))
     expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
     expected = f"{shape} = ({expected}{',' * (len(letters) == 1)})"
-    came = f"{x.shape}; are the heads before the tokens?" if _head_first(letters, x.shape, sizes) else x.shape
-    _require(tuple(known) == tuple(x.shape), name, expected, came)
+    hint = "; are the heads before the tokens?" if not fits and _head_first(letters, x.shape, sizes) else ""
+    _require(fits, name, expected, f"{tuple(x.shape)}{hint}")
     _require(min(x.shape) >= 1, name, f"{shape} with each of at least 1", tuple(x.shape))
     sizes.update(zip(letters, x.shape, strict=True))
 
@@ -115,7 +115,7 @@ def number_or(name, x, default):
 
 def scale_or(x, default):
     """`scale` as a float, `default` for None. A scalar array counts where its value is known."""
-    if isinstance(x, np.ndarray | jax.Array) and x.shape == ():
+    if x is not None and isinstance(x, np.ndarray | jax.Array) and x.shape == ():
         if not concrete(x):
             expected = "a number that is known when jit traces (a static argument)"
             raise TypeError(f"scale: expected {expected}, got a traced {x.dtype}")
@@ -495,6 +495,8 @@ def _no_float64(name, dtype):
 
 def _no_wider(name, x, other, dtype):
     """Arithmetic is in promote_types(dtype of other, float32): a wider operand would be cast down."""
+    if x.dtype == dtype:
+        return
     accumulator = jnp.promote_types(dtype, jnp.float32)
     if jnp.promote_types(x.dtype, accumulator) != accumulator:
         raise TypeError(f"{name}: expected at most {accumulator}, as {other} is {dtype}, got {x.dtype}")
