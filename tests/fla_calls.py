@@ -18,6 +18,17 @@ BY_POSITION = {
     "chunk_gated_delta_rule_fwd_h": "k w u g gk initial_state output_final_state chunk_size save_new_value "
     "state_v_first cu_seqlens cu_seqlens_cpu chunk_indices chunk_offsets",
     "chunk_gla_fwd_o_gk": "q v g A h scale state_v_first cu_seqlens chunk_size chunk_indices use_graph",
+    "chunk_kda_bwd": "q k v beta Aqk Akk scale initial_state do dht g g_org state_v_first cu_seqlens "
+    "chunk_indices chunk_size safe_gate lower_bound use_gate_in_kernel A_log dt_bias disable_recompute "
+    "cp_context use_graph chunk_offsets",
+    "chunk_kda_bwd_dAv": "q k v do A scale cu_seqlens chunk_size chunk_indices use_graph",
+    "chunk_gated_delta_rule_bwd_dhu": "q k w do dv g gk h0 dht scale state_v_first cu_seqlens chunk_size "
+    "chunk_indices chunk_offsets use_graph",
+    "chunk_kda_bwd_wy_dqkg_fused": "q k v v_new g beta A h do dh dv scale state_v_first cu_seqlens "
+    "chunk_size chunk_indices chunk_offsets use_graph",
+    "chunk_kda_bwd_intra": "q k g beta dAqk dAkk dq dk db dg cu_seqlens chunk_indices chunk_size "
+    "safe_gate lower_bound use_graph",
+    "kda_gate_bwd": "g A_log dt_bias dyg lower_bound",
     "chunk_local_cumsum": "g chunk_size reverse scale cu_seqlens output_dtype chunk_indices use_graph",
     "kda_gate_chunk_cumsum": "g A_log chunk_size scale dt_bias cu_seqlens output_dtype chunk_indices "
     "lower_bound use_graph",

@@ -47,7 +47,7 @@ ALL_CASES = [*FEW, *(pytest.param(case, marks=slow) for case in CASES if case no
 
 def test_arguments_by_position():
     """What the suite says of them is what FLA's functions have."""
-    names = ["chunk", "chunk_fwd", "fused_recurrent", "naive", "chunk_intra", "wy_fast", "gate"]
+    names = ["chunk", "chunk_fwd", "chunk_bwd", "fused_recurrent", "naive", "chunk_intra", "wy_fast", "gate"]
     names = [f"fla.ops.kda.{name}" for name in names] + ["fla.ops.common.chunk_delta_h", "fla.ops.gla.chunk"]
     modules = [importlib.import_module(name) for name in [*names, "fla.ops.utils"]]
     for name, arguments in BY_POSITION.items():

@@ -226,25 +226,30 @@ def chunk_offsets(offsets, cu_seqlens, chunk_size):
         _same("chunk_offsets", offsets, np.cumsum([0, *counts]), expected)
 
 
-def stage(sizes, chunk_size, cu_seqlens, chunk_indices):
-    """What every stage op of the backward takes beside its tensors; returns chunk_size, and NT as it is exact
-    where it is known. `sizes` learns N, C and NT."""
+def stage(sizes, chunk_size, cu_seqlens, chunk_indices, use_graph, offsets=None):
+    """What every stage op of the backward takes beside its tensors; `sizes` learns N, C and NT.
+
+    Returns cu_seqlens as an array, chunk_size, and NT, exact where it is known.
+    """
+    cu_seqlens = listed(cu_seqlens)
+    graph(use_graph, cu_seqlens)
     sequences(cu_seqlens, sizes)
     sizes["C"] = chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
+    chunk_offsets(offsets, cu_seqlens, sizes["C"])
     sizes["NT"] = exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, sizes["C"])
-    return sizes["C"], sizes["NT"]
+    return cu_seqlens, sizes["C"], sizes["NT"]
 
 
 def backward(
     q, k, v, beta, Aqk, Akk, initial_state, do, dht, g, g_org, state_v_first, use_gate_in_kernel,
-    chunk_size, cu_seqlens, chunk_indices, saved,
+    chunk_size, cu_seqlens, chunk_indices, chunk_offsets, use_graph, saved,
 ):  # fmt: skip
-    """The contract of `chunk_kda_bwd`; `saved` is what it does not make again."""
+    """The contract of `chunk_kda_bwd`; `saved` is what it does not make again. Returns what `stage` does."""
     flags(use_gate_in_kernel=use_gate_in_kernel)
     sizes = {}
     tensors(sizes, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"))
     grouped("v", sizes)
-    stage(sizes, chunk_size, cu_seqlens, chunk_indices)
+    packing = stage(sizes, chunk_size, cu_seqlens, chunk_indices, use_graph, chunk_offsets)
     state = "HV V K" if state_v_first else "HV K V"
     needed = dict(beta=(beta, "B T HV"), Aqk=(Aqk, "B T HV C"), Akk=(Akk, "B T HV C"), do=(do, "B T HV V"))
     optional = dict(initial_state=(initial_state, f"N {state}"), dht=(dht, f"N {state}"))
@@ -259,6 +264,7 @@ def backward(
     raw = "the raw gates with use_gate_in_kernel" if use_gate_in_kernel else "None without use_gate_in_kernel"
     came = "None" if g_org is None else _describe(g_org)
     _require((g_org is not None) == use_gate_in_kernel, "g_org", raw, came)
+    return packing
 
 
 def cumsum(g, letters, chunk_size, scale, cu_seqlens, chunk_indices):

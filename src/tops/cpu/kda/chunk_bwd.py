@@ -55,6 +55,9 @@ def chunk_kda_bwd(
     A_log=None,
     dt_bias=None,
     disable_recompute=False,
+    cp_context=None,
+    use_graph=False,
+    chunk_offsets=None,
     *,
     w=None,
     u=None,
@@ -91,6 +94,7 @@ def chunk_kda_bwd(
         cu_seqlens, chunk_indices, chunk_size: as for `chunk_kda_fwd`.
         safe_gate: accepted for FLA's sake and held to its rules.
         lower_bound, use_gate_in_kernel, A_log, dt_bias: as for `chunk_kda_fwd`.
+        cp_context, use_graph, chunk_offsets: as for `chunk_kda_fwd`.
         disable_recompute: read w, qg, kg, v_new and h instead of making them again.
         w, qg, kg, v_new, h: the forward's, with `disable_recompute`; not read without. u never is.
         storage_dtype: round to it what FLA's kernels store in k's dtype, and the operands that they round
@@ -108,15 +112,16 @@ def chunk_kda_bwd(
     """
     checks.flags(disable_recompute=disable_recompute, state_v_first=state_v_first)
     saved = dict(w=w, qg=qg, kg=kg, v_new=v_new, h=h)
-    checks.backward(
+    checks.no_context(cp_context)
+    cu_seqlens, chunk_size, NT = checks.backward(
         *(q, k, v, beta, Aqk, Akk, initial_state, do, dht, g, g_org, state_v_first, use_gate_in_kernel),
-        *(chunk_size, cu_seqlens, chunk_indices, saved if disable_recompute else {}),
+        *(chunk_size, cu_seqlens, chunk_indices, chunk_offsets, use_graph),
+        saved if disable_recompute else {},
     )
     raw = g_org if use_gate_in_kernel else g
     checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, raw)
-    scale = checks.number_or("scale", scale, q.shape[-1] ** -0.5)
+    scale = checks.scale_or(scale, q.shape[-1] ** -0.5)
     storage_dtype = checks.storage(storage_dtype)
-    NT = chunking.exact_num_chunks(q.shape[1], cu_seqlens, chunk_indices, chunk_size)
     chunks = dict(chunk_size=chunk_size, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices)
     stages = chunks | dict(storage_dtype=storage_dtype)
     states = stages | dict(state_v_first=state_v_first)
@@ -126,9 +131,8 @@ def chunk_kda_bwd(
         if use_gate_in_kernel:
             dtype = jnp.promote_types(g_org.dtype, jnp.float32)
             g = kda_gate_chunk_cumsum(g_org, scale=RCP_LN2, output_dtype=dtype, **gate, **chunks)
-        w, u, qg, kg = recompute_w_u_fwd(
-            k, v, beta, Akk, g, q, cu_seqlens, chunk_indices, storage_dtype=storage_dtype
-        )
+        packing = dict(cu_seqlens=cu_seqlens, chunk_indices=chunk_indices)
+        w, u, qg, kg = recompute_w_u_fwd(k, v, beta, Akk, gk=g, q=q, **packing, storage_dtype=storage_dtype)
         h, v_new, _ = chunk_gated_delta_rule_fwd_h(kg, w, u, gk=g, initial_state=initial_state, **states)
     dAqk, dv = chunk_kda_bwd_dAv(q, k, v_new, do, Aqk, scale, **stages)
     dh, dh0, dv = chunk_gated_delta_rule_bwd_dhu(
@@ -149,7 +153,18 @@ def chunk_kda_bwd(
 
 
 def chunk_kda_bwd_dAv(
-    q, k, v, do, A, scale=None, cu_seqlens=None, chunk_size=64, chunk_indices=None, *, storage_dtype=None
+    q,
+    k,
+    v,
+    do,
+    A,
+    scale=None,
+    cu_seqlens=None,
+    chunk_size=64,
+    chunk_indices=None,
+    use_graph=False,
+    *,
+    storage_dtype=None,
 ):
     """Stage 4 backwards, on its own: what the scores inside a chunk and v_new get from o.
 
@@ -161,7 +176,7 @@ def chunk_kda_bwd_dAv(
         do: [B, T, HV, V], the cotangent of o.
         A: [B, T, HV, C], the forward's Aqk, with scale; what lies above the diagonal is not read.
         scale: a number; None is K ** -0.5.
-        cu_seqlens, chunk_size, chunk_indices: as for `chunk_kda_fwd`.
+        cu_seqlens, chunk_size, chunk_indices, use_graph: as for `chunk_kda_fwd`.
         storage_dtype: round dv to it; None keeps it.
 
     Returns:
@@ -176,9 +191,10 @@ def chunk_kda_bwd_dAv(
     sizes = {}
     checks.tensors(sizes, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"), do=(do, "B T HV V"))
     checks.grouped("v", sizes)
-    chunk_size, NT = checks.stage(sizes, chunk_size, cu_seqlens, chunk_indices)
+    packing = cu_seqlens, chunk_indices, use_graph
+    cu_seqlens, _, NT = checks.stage(sizes, chunk_size, *packing)
     checks.tensor("A", A, "B T HV C", sizes)
-    scale = checks.number_or("scale", scale, sizes["K"] ** -0.5)
+    scale = checks.scale_or(scale, sizes["K"] ** -0.5)
     storage_dtype = checks.storage(storage_dtype)
     return _chunk_kda_bwd_dAv(v, do, A, cu_seqlens, NT=NT, scale=scale, storage_dtype=storage_dtype)
 
@@ -209,6 +225,8 @@ def chunk_kda_bwd_wy_dqkg_fused(
     cu_seqlens=None,
     chunk_size=64,
     chunk_indices=None,
+    chunk_offsets=None,
+    use_graph=False,
     *,
     storage_dtype=None,
 ):
@@ -232,7 +250,7 @@ def chunk_kda_bwd_wy_dqkg_fused(
         dv: [B, T, HV, V], the cotangent of v_new, both of `chunk_gated_delta_rule_bwd_dhu`.
         scale: a number; None is K ** -0.5.
         state_v_first: h and dh are [B, NT, HV, V, K].
-        cu_seqlens, chunk_size, chunk_indices: as for `chunk_kda_fwd`.
+        cu_seqlens, chunk_size, chunk_indices, chunk_offsets, use_graph: as for `chunk_kda_fwd`.
         storage_dtype: round dv and the operands of the products to it; None keeps them.
 
     Returns:
@@ -250,7 +268,8 @@ def chunk_kda_bwd_wy_dqkg_fused(
     sizes = {}
     checks.tensors(sizes, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"))
     checks.grouped("v", sizes)
-    chunk_size, NT = checks.stage(sizes, chunk_size, cu_seqlens, chunk_indices)
+    packing = cu_seqlens, chunk_indices, use_graph, chunk_offsets
+    cu_seqlens, _, NT = checks.stage(sizes, chunk_size, *packing)
     states = "B NT HV V K" if state_v_first else "B NT HV K V"
     checks.tensors(
         sizes,
@@ -263,7 +282,7 @@ def chunk_kda_bwd_wy_dqkg_fused(
         dh=(dh, states),
         dv=(dv, "B T HV V"),
     )
-    scale = checks.number_or("scale", scale, sizes["K"] ** -0.5)
+    scale = checks.scale_or(scale, sizes["K"] ** -0.5)
     return wy_dqkg_bwd(
         *(q, k, v, v_new, g, beta, A, h, do, dh, dv, cu_seqlens),
         **dict(NT=NT, scale=scale, state_v_first=state_v_first, storage_dtype=checks.storage(storage_dtype)),

@@ -140,6 +140,8 @@ def chunk_gated_delta_rule_bwd_dhu(
     cu_seqlens=None,
     chunk_size=64,
     chunk_indices=None,
+    chunk_offsets=None,
+    use_graph=False,
     *,
     storage_dtype=None,
 ):
@@ -161,7 +163,7 @@ def chunk_gated_delta_rule_bwd_dhu(
         dht: [N, HV, K, V], the cotangent of the final state, or None for zeros.
         scale: a number; None is K ** -0.5.
         state_v_first: states are [..., V, K].
-        cu_seqlens, chunk_size, chunk_indices: as for `chunk_kda_fwd`.
+        cu_seqlens, chunk_size, chunk_indices, chunk_offsets, use_graph: as for `chunk_kda_fwd`.
         storage_dtype: round dh, dv and the operands of the products to it; None keeps them.
 
     Returns:
@@ -184,13 +186,14 @@ def chunk_gated_delta_rule_bwd_dhu(
         checks.tensor("g", g, "B T HV", sizes)
     if gk is not None:
         checks.tensor("gk", gk, "B T HV K", sizes)
-    chunk_size, NT = checks.stage(sizes, chunk_size, cu_seqlens, chunk_indices)
+    packing = cu_seqlens, chunk_indices, use_graph, chunk_offsets
+    cu_seqlens, chunk_size, NT = checks.stage(sizes, chunk_size, *packing)
     for name, x in dict(h0=h0, dht=dht).items():
         if x is not None:
             checks.tensor(name, x, "N HV V K" if state_v_first else "N HV K V", sizes)
     dh, dh0, dv = _chunk_gated_delta_rule_bwd_dhu(
         *(q, k, w, do, dv, g, gk, dht, cu_seqlens),
-        scale=checks.number_or("scale", scale, sizes["K"] ** -0.5),
+        scale=checks.scale_or(scale, sizes["K"] ** -0.5),
         **dict(NT=NT, C=chunk_size, state_v_first=state_v_first, storage_dtype=checks.storage(storage_dtype)),
     )
     return dh, None if h0 is None else dh0, dv

@@ -111,6 +111,7 @@ def chunk_kda_bwd_intra(
     chunk_size=64,
     safe_gate=False,
     lower_bound=None,
+    use_graph=False,
 ):
     """Stage 1 backwards, on its own: the gradients that come through the scores inside a chunk.
 
@@ -131,7 +132,7 @@ def chunk_kda_bwd_intra(
         dq, dk: [B, T, HV, K], a q/k head for every value head, what is added to.
         db: [B, T, HV], likewise.
         dg: [B, T, HV, K], likewise, the cotangent of the cumulative sums in nats.
-        cu_seqlens, chunk_indices, chunk_size: as for `chunk_kda_fwd`.
+        cu_seqlens, chunk_indices, chunk_size, use_graph: as for `chunk_kda_fwd`.
         safe_gate, lower_bound: accepted for FLA's sake; the products of decays are safe for all gates.
 
     Returns:
@@ -146,7 +147,8 @@ def chunk_kda_bwd_intra(
     sizes = {}
     checks.tensors(sizes, q=(q, "B T H K"), k=(k, "B T H K"), g=(g, "B T HV K"), beta=(beta, "B T HV"))
     checks.grouped("g", sizes)
-    chunk_size, NT = checks.stage(sizes, chunk_size, cu_seqlens, chunk_indices)
+    packing = cu_seqlens, chunk_indices, use_graph
+    cu_seqlens, _, NT = checks.stage(sizes, chunk_size, *packing)
     checks.tensors(sizes, dAqk=(dAqk, "B T HV C"), dAkk=(dAkk, "B T HV C"))
     checks.tensors(sizes, dq=(dq, "B T HV K"), dk=(dk, "B T HV K"), db=(db, "B T HV"), dg=(dg, "B T HV K"))
     checks.safe_gate(safe_gate, lower_bound)

@@ -66,8 +66,8 @@ def kda_gate_bwd(g, A_log=None, dt_bias=None, dyg=None, lower_bound=None):
         dyg: [..., HV, K], the cotangent of the log decay in nats.
 
     Returns:
-        dg [..., HV, K], dA [HV] and dbias [HV * K], each in the dtype of what it is the gradient of; dA and
-        dbias are None where that was not given.
+        dg, dA and dbias in the shape and dtype of what they are the gradients of: g, A_log and dt_bias; None
+        where that was not given.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -76,14 +76,14 @@ def kda_gate_bwd(g, A_log=None, dt_bias=None, dyg=None, lower_bound=None):
     """
     checks.raw_gate(g, A_log, dt_bias, lower_bound)
     checks.like("dyg", dyg, "g", g)
-    d = _widen(dyg)
-    g, A_log, dt_bias = (None if x is None else jnp.asarray(x) for x in (g, A_log, dt_bias))
+    dtype = jnp.result_type(jnp.float32, g, dyg)
 
-    def gate(g, A_log, dt_bias):
-        wide = (None if x is None else x.astype(d.dtype) for x in (g, A_log, dt_bias))
-        return log_decay(*wide, lower_bound)
+    def gate(g, *parameters):
+        A_log, dt_bias = (None if x is None else x.reshape(-1).astype(dtype) for x in parameters)
+        return log_decay(g.astype(dtype), A_log, dt_bias, lower_bound)
 
-    return jax.vjp(gate, g, A_log, dt_bias)[1](d)
+    given = (None if x is None else jnp.asarray(x) for x in (g, A_log, dt_bias))
+    return jax.vjp(gate, *given)[1](jnp.asarray(dyg, dtype))
 
 
 def chunk_local_cumsum(
