@@ -10,6 +10,9 @@ BY_POSITION = {
     "fused_recurrent_kda": "q k v g beta A_log dt_bias scale initial_state output_final_state "
     "use_qk_l2norm_in_kernel use_gate_in_kernel use_beta_sigmoid_in_kernel allow_neg_eigval lower_bound "
     "state_v_first cu_seqlens",
+    "fused_recurrent_kda_fwd": "q k v g beta A_log dt_bias initial_state scale output_final_state "
+    "inplace_final_state state_v_first cu_seqlens ssm_state_indices num_accepted_tokens "
+    "use_qk_l2norm_in_kernel use_gate_in_kernel use_beta_sigmoid_in_kernel allow_neg_eigval lower_bound out",
     "naive_recurrent_kda": "q k v g beta scale initial_state output_final_state",
     "naive_chunk_kda": "q k v g beta scale initial_state output_final_state chunk_size",
     "chunk_kda_fwd_intra": "q k v gk beta scale cu_seqlens chunk_size chunk_indices safe_gate lower_bound "

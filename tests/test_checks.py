@@ -26,6 +26,7 @@ from tops.cpu.kda import (
     context_parallel_kda,
     fused_kda_gate,
     fused_recurrent_kda,
+    fused_recurrent_kda_fwd,
     kda_gate_bwd,
     kda_gate_chunk_cumsum,
     kda_gate_fwd,
@@ -308,6 +309,7 @@ QKV = {name: GOOD[name] for name in ("q", "k", "v")}
 BACKWARD = GOOD | dict(Aqk=A, Akk=A, scale=1.0, initial_state=zeros(B, HV, K, V), do=GOOD["v"])
 BACKWARD |= dict(dht=BACKWARD["initial_state"])
 SAVED = dict(w=GOOD["g"], qg=GOOD["g"], kg=GOOD["g"], v_new=GOOD["v"], h=H_STATE, disable_recompute=True)
+SERVED = dict(initial_state=zeros(3, HV, K, V), ssm_state_indices=np.arange(8)[None] % 3)
 DAV = QKV | dict(do=GOOD["v"], A=A)
 DHU = dict(q=GOOD["g"], k=GOOD["g"], w=GOOD["g"], do=GOOD["v"], dv=GOOD["v"], g=GOOD["beta"], gk=GOOD["g"])
 DHU |= dict(h0=BACKWARD["initial_state"], dht=BACKWARD["initial_state"])
@@ -532,6 +534,63 @@ STAGES = [
         "dq: expected [B, T, HV, K] = (1, 8, 4, 3), got (1, 8, 2, 3)",
     ),
     *(
+        (fused_recurrent_kda_fwd, GOOD | SERVED | row[0], *row[1:])
+        for row in (
+            (
+                dict(out=zeros(1)),
+                TypeError,
+                "out: expected None, got an array of float32; the output is returned",
+            ),
+            (
+                dict(initial_state=None),
+                ValueError,
+                "initial_state: expected the pool [P, HV, K, V] of the indices, got None",
+            ),
+            (
+                dict(initial_state=None, ssm_state_indices=None),
+                ValueError,
+                "initial_state: expected states [N, HV, K, V] with inplace_final_state, got None; "
+                "pass inplace_final_state=False",
+            ),
+            (
+                dict(initial_state=zeros(3, HV, V, K)),
+                ValueError,
+                "initial_state: expected [P, HV, K, V] = (P, 4, 3, 5), got (3, 4, 5, 3)",
+            ),
+            (
+                dict(ssm_state_indices=np.zeros(1, int)),
+                ValueError,
+                "ssm_state_indices: expected [N, M] with a slot for each of 8 tokens, got (1,)",
+            ),
+            (
+                dict(ssm_state_indices=np.zeros((2, 8), int)),
+                ValueError,
+                "ssm_state_indices: expected a shape [N] or [N, M] with N=1, got (2, 8)",
+            ),
+            (
+                dict(ssm_state_indices=np.full((1, 8), 3)),
+                ValueError,
+                "ssm_state_indices: expected indices below P=3, got 3",
+            ),
+            (
+                dict(num_accepted_tokens=np.array([9])),
+                ValueError,
+                "num_accepted_tokens: expected numbers from 1 to M=8, got 9",
+            ),
+            (
+                dict(num_accepted_tokens=np.array([1, 1])),
+                ValueError,
+                "num_accepted_tokens: expected [N] = (1,), got (2,)",
+            ),
+            (
+                dict(num_accepted_tokens=np.array([1]), ssm_state_indices=None, inplace_final_state=False)
+                | dict(initial_state=None),
+                ValueError,
+                "num_accepted_tokens: expected None without ssm_state_indices, got an array of int64",
+            ),
+        )
+    ),
+    *(
         (chunk_kda_bwd, BACKWARD | row[0], *row[1:])
         for row in (
             (dict(do=None), TypeError, f"do: expected {FLOATS}, got NoneType"),
@@ -643,6 +702,7 @@ EVERYTHING = {
     recompute_w_u_fwd: WY | dict(q=GOOD["q"]),
     chunk_gated_delta_rule_fwd_h: STATE_PASS | STATE | dict(g=GOOD["beta"]),
     chunk_gla_fwd_o_gk: OUTPUT,
+    fused_recurrent_kda_fwd: GOOD | GATE | SERVED | dict(use_gate_in_kernel=True),
     chunk_kda_bwd: BACKWARD | SAVED | GATE | dict(use_gate_in_kernel=True, g_org=GOOD["g"]),
     chunk_kda_bwd_dAv: DAV,
     chunk_gated_delta_rule_bwd_dhu: DHU,

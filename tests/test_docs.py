@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tops.cpu.kda.testing import check
@@ -29,6 +30,19 @@ WALK = re.findall(
 )
 
 
+@pytest.mark.parametrize("page", ["from_fla", "serving", "padding"])
+def test_page_runs(page):
+    """Its examples in one go, each with what those before it made."""
+    names = {}
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text()
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(example, names)
+    assert np.isfinite(names["o"]).all()
+    if page == "padding":
+        tokens = names["by_mask"][names["mask"]]
+        np.testing.assert_allclose(names["o"][0, : len(tokens)], tokens, rtol=0, atol=1e-5)
+
+
 def test_conformance_walk_finds_the_fault():
     """The broken kernel passes a hand-picked tolerance and two cases, and its state is off in the third."""
     names = {}
@@ -38,8 +52,17 @@ def test_conformance_walk_finds_the_fault():
     assert {row.case for row in report.rows if not row.ok} == {"uneven"}
 
 
+@pytest.mark.slow
+def test_conformance_backward_by_stages():
+    """The stages by hand make what the whole makes."""
+    names = {}
+    exec(WALK[1], names)
+    for name in ("dq", "dk", "dv", "db", "dg"):
+        np.testing.assert_allclose(names[name], getattr(names["whole"], name), rtol=0, atol=1e-5)
+
+
 def test_conformance_example_runs():
-    exec(WALK[1], {})
+    exec(WALK[2], {})
 
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from .chunk_fwd import ChunkKDAForward, chunk_kda_fwd
 from .chunk_intra import chunk_kda_bwd_intra, chunk_kda_fwd_intra
 from .chunk_o import chunk_gla_fwd_o_gk
 from .context_parallel import context_parallel_kda
-from .fused_recurrent import fused_recurrent_kda
+from .fused_recurrent import fused_recurrent_kda, fused_recurrent_kda_fwd
 from .gate import (
     chunk_local_cumsum,
     fused_kda_gate,
@@ -43,6 +43,7 @@ __all__ = [
     "context_parallel_kda",
     "fused_kda_gate",
     "fused_recurrent_kda",
+    "fused_recurrent_kda_fwd",
     "kda_gate_bwd",
     "kda_gate_chunk_cumsum",
     "kda_gate_fwd",

@@ -27,7 +27,8 @@ def l2norm(x):
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def log_decay(g, A_log, dt_bias, lower_bound):
-    """The log decay, in nats, of raw gates g [..., HV, K]; A_log [HV] and dt_bias [HV * K] may be None.
+    """The log decay, in nats, of raw gates g [..., HV, K]; A_log [HV] beside a bound and dt_bias [HV * K]
+    may be None.
 
     lower_bound is None:  -exp(A_log) * softplus(g + dt_bias)
     else:                 lower_bound * sigmoid(exp(A_log) * (g + dt_bias))

@@ -21,15 +21,19 @@ FLOATS = ("float64", "float32", "bfloat16", "float16")
 INTEGERS = ("int32", "int64")
 
 
-def forward(q, k, v, g, beta, scale, initial_state, state_v_first=False, cu_seqlens=None):
-    """The contract that every forward op shares; returns the scale, K ** -0.5 for None."""
+def forward(
+    q, k, v, g, beta, scale, initial_state, state_v_first=False, cu_seqlens=None, headwise_beta=False
+):
+    """The contract that every forward op shares; returns the scale, K ** -0.5 for None. With `headwise_beta`,
+    beta may have an axis V."""
     sizes = {}
     tensor("q", q, "B T H K", sizes)
     tensor("k", k, "B T H K", sizes)
     tensor("v", v, "B T HV V", sizes)
     grouped("v", sizes)
     tensor("g", g, "B T HV K", sizes)
-    tensor("beta", beta, "B T HV", sizes)
+    headwise_beta = headwise_beta and getattr(beta, "ndim", 3) == 4
+    tensor("beta", beta, "B T HV V" if headwise_beta else "B T HV", sizes)
     if k.dtype != q.dtype:
         raise TypeError(f"k: expected q's dtype {q.dtype}, got {k.dtype}")
     for name, x in dict(v=v, g=g, beta=beta).items():
@@ -379,6 +383,46 @@ def known_sequences(cu_seqlens, cu_seqlens_cpu):
     if concrete(cu_seqlens) and concrete(cu_seqlens_cpu):
         _same("cu_seqlens_cpu", cu_seqlens_cpu, cu_seqlens, "the entries of cu_seqlens")
     return cu_seqlens if concrete(cu_seqlens) else cu_seqlens_cpu
+
+
+def pool(
+    v, k, initial_state, state_v_first, cu_seqlens, ssm_state_indices, num_accepted_tokens,
+    inplace_final_state, out,
+):  # fmt: skip
+    """The states of `fused_recurrent_kda_fwd`, for inputs that have been checked."""
+    if out is not None:
+        raise TypeError(f"out: expected None, got {_describe(out)}; the output is returned")
+    indices, accepted = ssm_state_indices, num_accepted_tokens
+    if indices is None:
+        came = "None; pass inplace_final_state=False"
+        given = initial_state is not None or not inplace_final_state
+        _require(given, "initial_state", "states [N, HV, K, V] with inplace_final_state", came)
+        came = _describe(accepted)
+        _require(accepted is None, "num_accepted_tokens", "None without ssm_state_indices", came)
+        return
+    B, T, HV, V = v.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _integers("ssm_state_indices", indices)
+    right = indices.ndim in (1, 2) and indices.shape[0] == N and min(indices.shape) >= 1
+    _require(right, "ssm_state_indices", f"a shape [N] or [N, M] with N={N}", indices.shape)
+    _require(initial_state is not None, "initial_state", "the pool [P, HV, K, V] of the indices", "None")
+    letters = "P HV V K" if state_v_first else "P HV K V"
+    tensor("initial_state", initial_state, letters, dict(HV=HV, V=V, K=k.shape[-1]))
+    P, M = initial_state.shape[0], 1 if indices.ndim == 1 else indices.shape[1]
+    longest = T
+    if cu_seqlens is not None:
+        longest = int(np.diff(np.asarray(cu_seqlens)).max()) if concrete(cu_seqlens) else 0
+    fits = longest <= M or not inplace_final_state
+    _require(fits, "ssm_state_indices", f"[N, M] with a slot for each of {longest} tokens", indices.shape)
+    if concrete(indices):
+        most = int(np.asarray(indices).max())
+        _require(most < P, "ssm_state_indices", f"indices below P={P}", most)
+    if accepted is not None:
+        _integers("num_accepted_tokens", accepted)
+        _require(accepted.shape == (N,), "num_accepted_tokens", f"[N] = ({N},)", accepted.shape)
+        if concrete(accepted):
+            for x in np.asarray(accepted):
+                _require(x in range(1, M + 1), "num_accepted_tokens", f"numbers from 1 to M={M}", x)
 
 
 def ends(name, cu_seqlens):

@@ -12,7 +12,7 @@ from .chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rul
 from .chunk_intra import intra_bwd
 from .gate import kda_gate_bwd, kda_gate_chunk_cumsum
 from .one_chunk.decay import ends_backward, from_cumsum, of_tokens_backward
-from .one_chunk.output import output_backward, scores_backward
+from .one_chunk.output import d_scores, output_backward
 from .one_chunk.wy import w_u_backward
 from .one_chunk.xla import matmul_nt
 from .rounding import storage
@@ -28,8 +28,8 @@ class ChunkKDABackward(NamedTuple):
     db: jax.Array  # [B, T, HV]
     dg: jax.Array  # [B, T, HV, K]  of the log decays in nats, or of the raw gates
     dh0: jax.Array | None  # [N, HV, K, V]
-    dA: jax.Array | None  # [HV]  of A_log
-    dbias: jax.Array | None  # [HV * K]  of dt_bias
+    dA: jax.Array | None  # of A_log, in its shape
+    dbias: jax.Array | None  # of dt_bias, in its shape
 
 
 def chunk_kda_bwd(
@@ -71,12 +71,15 @@ def chunk_kda_bwd(
 
         dAqk = scale tril(do v_new^T)    dv = Aqk^T do            chunk_kda_bwd_dAv               stage 4
         dh, dh0, dv += kg dh                                      chunk_gated_delta_rule_bwd_dhu  stage 3
-        dq, dk, dv, db, dg of qg, kg, w and u; dAkk               chunk_kda_bwd_wy_dqkg_fused     stage 2
-        dq, dk, db, dg += those of Aqk and Akk                    chunk_kda_bwd_intra             stage 1
+        dq, dk, dv, db, dg through qg, kg, w, u and decay; dAkk   chunk_kda_bwd_wy_dqkg_fused     stage 2
+        dq, dk, db, dg += those through the scores                chunk_kda_bwd_intra             stage 1
 
-    where dg is of the cumulative sums, and the sum of dg back over a chunk that of the log decays; of raw
-    gates `kda_gate_bwd` makes the rest. All decays are read from g. (`jax.vjp` of `chunk_kda` has the same
-    gradients from the log decays themselves, which cumulative sums round.)
+    where dAqk is the cotangent of Aqk / scale, and dAkk that of L, with Akk = (I + L)^-1. The last two stages
+    return dg of the cumulative sums, as ops of their own; its sum back over a chunk is dg of the log decays.
+    Here the latter is handed on, which does not cancel. Of raw gates `kda_gate_bwd` makes the rest.
+
+    All decays are read from g, which is rounded. `jax.vjp` of `chunk_kda` makes the same gradients from the
+    log decays themselves.
 
     Args:
         q, k: [B, T, H, K]; float64, float32, bfloat16 or float16, as everything here.
@@ -89,21 +92,22 @@ def chunk_kda_bwd(
         dht: [N, HV, K, V], the cotangent of the final state, or None for zeros.
         g: [B, T, HV, K], the forward's: chunk-local cumulative sum of the log decays, log2, finite. May be
             None with `use_gate_in_kernel` and without `disable_recompute`.
-        g_org: [B, T, HV, K], the raw gates, with `use_gate_in_kernel`.
+        g_org: [B, T, HV, K], the raw gates, with `use_gate_in_kernel`; their log decays are finite.
         state_v_first: states are [..., V, K].
         cu_seqlens, chunk_indices, chunk_size: as for `chunk_kda_fwd`.
-        safe_gate: accepted for FLA's sake and held to its rules.
+        safe_gate: accepted for FLA's sake and held to its rules, as for `chunk_kda_fwd`.
         lower_bound, use_gate_in_kernel, A_log, dt_bias: as for `chunk_kda_fwd`.
         cp_context, use_graph, chunk_offsets: as for `chunk_kda_fwd`.
         disable_recompute: read w, qg, kg, v_new and h instead of making them again.
-        w, qg, kg, v_new, h: the forward's, with `disable_recompute`; not read without. u never is.
+        w, qg, kg, v_new, h: the forward's, with `disable_recompute`; not read without. u never is. Under
+            `jit` h has as many chunks as `chunk_indices` lists, or else (T + N * (C - 1)) // C.
         storage_dtype: round to it what FLA's kernels store in k's dtype, and the operands that they round
             before a product; None keeps the arithmetic's dtype.
 
     Returns:
         `ChunkKDABackward`. dq, dk, db, dh0, and dg of log decays have the arithmetic's dtype, the widest of
-        the arguments, float32 or wider; dv has `storage_dtype`, or else that; dg of raw gates, dA and dbias
-        have the dtype of what they are the gradients of. Zero at padding.
+        q, k, v, beta, do and the saved tensors, float32 or wider; dv has `storage_dtype`, or else that; dg of
+        raw gates, dA and dbias have the dtype of what they are the gradients of. Zero at padding.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.
@@ -148,7 +152,7 @@ def chunk_kda_bwd(
     dq, dk = (chunking.sum_groups(x, q.shape[2]) for x in (dq, dk))
     dA, dbias = None, None
     if use_gate_in_kernel:
-        dg, dA, dbias = kda_gate_bwd(g_org, dyg=dg, **gate)
+        dg, dA, dbias = kda_gate_bwd(chunking.keep_tokens(g_org, cu_seqlens), dyg=dg, **gate)
     return ChunkKDABackward(dq, dk, dv, db, dg, dh0, dA, dbias)
 
 
@@ -180,7 +184,7 @@ def chunk_kda_bwd_dAv(
         storage_dtype: round dv to it; None keeps it.
 
     Returns:
-        dA [B, T, HV, C] in the arithmetic's dtype, the widest of the arguments, float32 or wider: the
+        dA [B, T, HV, C] in the arithmetic's dtype, the widest of v, do and A, float32 or wider: the
         cotangent of Aqk / scale. dv [B, T, HV, V] in `storage_dtype`, or else in that. Zero at padding.
 
     Raises:
@@ -204,7 +208,7 @@ def _chunk_kda_bwd_dAv(v_new, d_o, A, cu_seqlens, *, NT, scale, storage_dtype):
     (T, HV), C = A.shape[1:3], A.shape[-1]
     chunks = chunking.Split(cu_seqlens, NT, T, C, HV, jnp.result_type(jnp.float32, v_new, d_o, A))
     v_new, d_o, Aqk = chunks.split(v_new), chunks.split(d_o), jnp.tril(chunks.split(A))
-    d_Aqk = scale * scores_backward(v_new, d_o)
+    d_Aqk = scale * d_scores(v_new, d_o)
     return chunks.merge(d_Aqk, None), chunks.merge(output_backward(Aqk, d_o), storage_dtype)
 
 
@@ -230,9 +234,11 @@ def chunk_kda_bwd_wy_dqkg_fused(
     *,
     storage_dtype=None,
 ):
-    """Stage 2 backwards, on its own, and what reads and writes the state: the gradients of qg, kg, w and u.
+    """Stage 2 backwards, on its own: what comes through qg, kg, w, u and the decay of the state.
 
-        dqg = scale do h^T      dkg = v_new dh^T      dw = -dv h^T      du = dv      k_in = k D(i<-0)
+    With du the argument dv, the cotangent of v_new and so of u, and k_in = k D(i<-0):
+
+        dqg = scale do h^T      dkg = v_new dh^T      dw = -du h^T
         dk_in = beta A^T dw     dv  = beta A^T du     db = A^T dw . k_in + A^T du . v
         dq = dqg D(i<-0)        dk  = dkg D(C<-j) + dk_in D(i<-0)
         dg = qg dqg + k_in dk_in - kg dkg, and in a chunk's last row + sum_j kg dkg + D(C<-0) sum_v h dh
@@ -243,11 +249,11 @@ def chunk_kda_bwd_wy_dqkg_fused(
         v, v_new: [B, T, HV, V].
         g: [B, T, HV, K], chunk-local cumulative sum of the log decays, log2, finite.
         beta: [B, T, HV].
-        A: [B, T, HV, C], the forward's Akk.
+        A: [B, T, HV, C], the forward's Akk, zero above the diagonal.
         h: [B, NT, HV, K, V], the state that enters each chunk.
         do: [B, T, HV, V], the cotangent of o.
         dh: [B, NT, HV, K, V], the cotangent of the state that leaves each chunk.
-        dv: [B, T, HV, V], the cotangent of v_new, both of `chunk_gated_delta_rule_bwd_dhu`.
+        dv: [B, T, HV, V], the cotangent of v_new. Like dh it is of `chunk_gated_delta_rule_bwd_dhu`.
         scale: a number; None is K ** -0.5.
         state_v_first: h and dh are [B, NT, HV, V, K].
         cu_seqlens, chunk_size, chunk_indices, chunk_offsets, use_graph: as for `chunk_kda_fwd`.
@@ -255,9 +261,9 @@ def chunk_kda_bwd_wy_dqkg_fused(
 
     Returns:
         dq, dk [B, T, HV, K], a q/k head for every value head, dv [B, T, HV, V], db [B, T, HV],
-        dg [B, T, HV, K], the cotangent of the cumulative sums in nats, and dA [B, T, HV, C], that of what Akk
-        inverts. dv in `storage_dtype`; all others in the arithmetic's dtype, the widest of the arguments,
-        float32 or wider. Zero at padding.
+        dg [B, T, HV, K], the cotangent of the cumulative sums in nats, and dA [B, T, HV, C], that of L, with
+        Akk = (I + L)^-1. dv in `storage_dtype`; all others in the arithmetic's dtype, the widest of the
+        arguments, float32 or wider. Zero at padding.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.

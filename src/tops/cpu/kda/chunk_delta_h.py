@@ -169,8 +169,8 @@ def chunk_gated_delta_rule_bwd_dhu(
     Returns:
         dh [B, NT, HV, K, V], the cotangent of the state that leaves each chunk, dh0 [N, HV, K, V], that of
         the initial state, or None without h0, and dv [B, T, HV, V], that of v_new. dh and dv in
-        `storage_dtype`, or else in the arithmetic's dtype, the widest of the arguments, float32 or wider; dh0
-        in that dtype always. dv is zero at padding.
+        `storage_dtype`, or else in the arithmetic's dtype, the widest of the arguments but h0, float32 or
+        wider; dh0 in that dtype always. dv is zero at padding.
 
     Raises:
         ValueError, TypeError: in one line, when an argument breaks this contract; see `checks`.

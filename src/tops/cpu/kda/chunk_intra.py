@@ -117,7 +117,8 @@ def chunk_kda_bwd_intra(
 
         dq_i += sum_j dAqk[i,j] k_j D(i<-j)                                               j <= i
         dk_i += beta_i sum_j dAkk[i,j] k_j D(i<-j)                                        j < i
-        dk_j += sum_i (dAqk[i,j] q_i + dAkk[i,j] beta_i k_i) D(i<-j)                      i >= j
+        dk_j += sum_i dAqk[i,j] q_i D(i<-j)                                               i >= j
+        dk_j += sum_i dAkk[i,j] beta_i k_i D(i<-j)                                        i > j
         db_i += sum_j dAkk[i,j] sum_d k_i k_j D(i<-j)                                     j < i
 
     and dg, of the cumulative sums, likewise.
@@ -127,13 +128,13 @@ def chunk_kda_bwd_intra(
         g: [B, T, HV, K], chunk-local cumulative sum of the log decays, log2, finite.
         beta: [B, T, HV].
         dAqk: [B, T, HV, C], the cotangent of Aqk / scale, of `chunk_kda_bwd_dAv`.
-        dAkk: [B, T, HV, C], that of what Akk inverts, of `chunk_kda_bwd_wy_dqkg_fused`. Of both nothing above
-            the diagonal is read.
+        dAkk: [B, T, HV, C], that of L, with Akk = (I + L)^-1, of `chunk_kda_bwd_wy_dqkg_fused`. Of both
+            nothing above the diagonal is read, of dAkk not the diagonal either.
         dq, dk: [B, T, HV, K], a q/k head for every value head, what is added to.
         db: [B, T, HV], likewise.
         dg: [B, T, HV, K], likewise, the cotangent of the cumulative sums in nats.
         cu_seqlens, chunk_indices, chunk_size, use_graph: as for `chunk_kda_fwd`.
-        safe_gate, lower_bound: accepted for FLA's sake; the products of decays are safe for all gates.
+        safe_gate, lower_bound: accepted for FLA's sake and held to its rules; every gate is safe here.
 
     Returns:
         dq, dk, db and dg, as they came plus what comes through the scores, in the arithmetic's dtype, the

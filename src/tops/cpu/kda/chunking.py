@@ -154,6 +154,14 @@ def split_heads(x, HV):
     return jnp.swapaxes(x if G == 1 else jnp.repeat(x, G, axis=2), 1, 2)
 
 
+def keep_tokens(x, cu_seqlens):
+    """x [B, T, ...] with the padding behind the last sequence selected away."""
+    if cu_seqlens is None:
+        return x
+    inside = jnp.arange(x.shape[1]) < cu_seqlens[-1]
+    return jnp.where(_over_rows(inside, x), x, 0)
+
+
 def sum_groups(x, H):
     """[B, T, HV, K] to [B, T, H, K], summed over the value heads that read a q/k head."""
     return x.reshape(*x.shape[:2], H, -1, x.shape[-1]).sum(axis=3)

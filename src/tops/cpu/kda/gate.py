@@ -58,8 +58,8 @@ def kda_gate_bwd(g, A_log=None, dt_bias=None, dyg=None, lower_bound=None):
                               dA = lower_bound sum x sigmoid'(x) dyg
         dbias = sum dg
 
-    where dA is summed over all but HV, dbias over all but HV and K. An infinite gate has the gradients of a
-    gate of 1e30.
+    where dA is summed over all but HV, dbias over all but HV and K. A gate beyond 1e30 or -1e30 has the
+    gradients of that one.
 
     Args:
         g, A_log, dt_bias, lower_bound: as for `kda_gate_fwd`.

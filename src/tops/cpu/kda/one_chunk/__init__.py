@@ -13,7 +13,7 @@ and backwards, from d_S_out and with d_o <- scale d_o:
 
     4  output   d_v_new  = Aqk^T d_o
     3  state    d_v_new += kg d_S_out      d_kg = v_new d_S_out^T      d_decay = sum_v S d_S_out
-    2  WY       d_r = (I + beta A)^-T d_v_new      d_v = beta d_r      d_beta = d_r . e
+    2  WY       d_r = (I + beta A)^-T d_v_new, of beta (v - k_in S)      d_v = beta d_r      d_beta = d_r . e
        reads    d_qg = d_o S^T        d_Aqk = tril(d_o v_new^T)
                 d_k_in = -d_v S^T     d_A = -tril(d_v v_new^T, -1)
                 d_S = decay d_S_out + qg^T d_o - k_in^T d_v
@@ -49,7 +49,7 @@ def backward(S, e, q, k, g, beta, scale, d_S_out, d_o):
     e [..., C, V] is `forward`'s, v_new = beta e. Without q there is no d_o, and d_q is None.
     """
     a = jnp.exp(g)
-    # Only a forward's results of 16 bits need the shorter sums.
+    # One sum is faster; the halves serve the last bits of a forward, which a gradient does not need.
     chunk, v_new = intra(q, k, a, in_halves=False), beta[..., None] * e
     d_v_new = 0
     if q is not None:
@@ -69,7 +69,7 @@ def as_fla(S, q, k, v, g, beta, scale, store, store_beta_k):
     a = jnp.exp(g)
     chunk = intra(q, k, a)  # stage 1
     beta_k_in = store_beta_k(beta[..., None] * k) * from_start(a)
-    tensors = matrices(chunk, v, beta, scale, store, beta_k_in)  # stage 2
+    tensors = matrices(chunk, v, beta, scale, store, beta_k_in)  # stages 1 and 2
     v_new = u_less_w_S(tensors["u"], tensors["w"], S, store)  # stage 3
     S_out = next_state(S, chunk.decay, tensors["kg"], v_new)
     o = output(scale * matmul(tensors["qg"], store(S)), tensors["Aqk"], v_new)  # stage 4

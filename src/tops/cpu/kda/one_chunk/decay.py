@@ -72,7 +72,7 @@ def _half(which):
 
 
 def from_start(a):
-    """D(i<-0) [..., C, K], of a [..., C, K], one token after the other."""
+    """D(i<-0) [..., C, K], of the decays of the tokens, a [..., C, K]."""
     return jnp.cumprod(a, axis=-2)
 
 

@@ -72,9 +72,10 @@ class Intra(NamedTuple):
         return self.rows.shape[-2] // self.kg.shape[-2]
 
     def _apart(self, x):
-        """What belongs to q's rows and what to k's, [..., C, X] each."""
+        """What belongs to q's rows, None without q, and what to k's, [..., C, X] each."""
         both = x.reshape(*self.kg.shape[:-1], self._R, x.shape[-1])
-        return None if self._R == 1 else both[..., 0, :], both[..., -1, :]
+        of_q = None if self._R == 1 else both[..., 0, :]
+        return of_q, both[..., -1, :]
 
 
 def _by_turns(q, k):
@@ -114,8 +115,8 @@ def intra(q, k, a, in_halves=True):
         A[i,j]   = sum_d k_i k_j D(i<-j), j <  i      k_in = k D(i<-0)    decay = D(C<-0)
 
     q, k, a = exp(g) [..., C, K]; C a power of two, 16 or more; q is None where nothing is read. With
-    `in_halves` the scores are sums of two halves of the channels: a shorter sum rounds less. Returns an
-    `Intra`.
+    `in_halves` the scores are sums of two halves of the channels, as `Intra.read`'s always are: a shorter sum
+    rounds less. Returns an `Intra`.
     """
     scores_of = _scores_in_halves if in_halves else matmul_nt
     *lead, C, K = a.shape
@@ -153,8 +154,8 @@ def intra_backward(chunk, q, k, a, d_read, d_kg, d_decay):
 
         scores = rows_2 cols_1^T      d_rows_2 += d_scores cols_1      d_cols_1 += d_scores^T rows_2
 
-    d_read is `Intra.read_backward`'s; of its scores, [..., 2C, C], neither what lies above the diagonal nor
-    the diagonal of A is read. Returns the cotangents of q, k and g = log(a), [..., C, K].
+    d_read is `Intra.read_backward`'s; of its scores, [..., R * C, C], neither what lies above the diagonal
+    nor the diagonal of A is read. Returns the cotangents of q, k and g = log(a), [..., C, K].
     """
     d_rows, d_scores = d_read
     d_cols, d_total, d_diagonal = d_kg, d_decay[..., None, :], d_scores[..., None, :, :]

@@ -15,6 +15,6 @@ def output_backward(Aqk, d_o):
     return matmul_tn(Aqk, d_o)
 
 
-def scores_backward(v_new, d_o):
-    """d_Aqk = tril(d_o v_new^T), [..., C, C]. (`backward` has it of `Intra.read_backward`.)"""
+def d_scores(v_new, d_o):
+    """d_Aqk = tril(d_o v_new^T), [..., C, C]. (The page's `backward` has it of `Intra.read_backward`.)"""
     return jnp.tril(matmul_nt(d_o, v_new))

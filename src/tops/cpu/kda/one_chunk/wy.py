@@ -41,7 +41,7 @@ def w_u(Akk, beta_k_in, v, beta, store):
 
 
 def w_u_backward(Akk, k_in, v, beta, d_w, d_u, store):
-    """The cotangents of L = beta A, which Akk inverts, and of k_in, v and beta.
+    """The cotangents of L, where Akk = (I + L)^-1, and of k_in, v and beta.
 
     d_k_in = beta Akk^T d_w      d_v = beta Akk^T d_u      d_beta = Akk^T d_w . k_in + Akk^T d_u . v
     d_Akk  = d_w (beta k_in)^T + d_u (beta v)^T            d_L    = -tril(Akk^T d_Akk Akk^T, -1)
