@@ -139,6 +139,9 @@ MUTANTS = [
     ("one_chunk/decay.py", "append=jnp.zeros_like(d_g[..., :1, :])", "append=d_g[..., -1:, :]", "the last sum's cotangent left out"),
     ("activations.py", "jnp.clip(g, -1e30, 1e30)", "1 * g", "the gradient of an infinite gate is NaN"),
     ("rounding.py", "storage(dtype if beta_dtype == dtype else None)", "storage(None)", "beta k not rounded to 16 bits before the decay"),
+    ("fused_recurrent.py", "slot = jnp.where(slot < 0, len(pool), slot)", "slot = 1 * slot", "a sequence without a slot writes the last one"),
+    ("fused_recurrent.py", "jnp.zeros(len(slots), int) if accepted is None else accepted - 1", "jnp.zeros(len(slots), int)", "the accepted tokens are forgotten"),
+    ("fused_recurrent.py", "h = (jnp.where(n < N, S, 0) if packed else S) if keep_states", "h = S if keep_states", "the state after a token of the padding"),
     ("naive.py", "beta * k * D_in", "beta * k", "w of the naive chunk form without its decay"),
     ("naive.py", "k * D[..., -1, :, :]", "k", "kg of the naive chunk form without its decay"),
 ]  # fmt: skip

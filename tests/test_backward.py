@@ -136,8 +136,9 @@ def test_the_chain_is_chunk_kda_bwd():
 @unoptimized
 @pytest.mark.parametrize(
     ("dtype", "packed", "recompute"),
-    [(np.float32, True, True), pytest.param(np.float64, False, False, marks=slow)],
+    [(np.float32, True, True), (np.float64, False, False)],
 )
+@slow
 def test_chunk_kda_bwd_is_the_vjp(dtype, packed, recompute):
     """1e-12 in float64, 1e-6 in float32, of what `jax.vjp` of `chunk_kda` gives."""
     inputs, states, cotangents, packing = case(packed, dtype)
@@ -172,6 +173,7 @@ def vjp_of_the_recurrence(arguments, cotangents):
     return jax.vjp(op, *arguments)[1](cotangents)
 
 
+@slow
 @pytest.mark.parametrize("regime", [regime for regime in REGIMES if regime != "resets"])
 def test_float32(regime):
     """Within 4 times the error of the float32 recurrence's own gradient, of the decays that the sums hold; 16
@@ -199,10 +201,11 @@ def test_float32(regime):
     ("gate", "recompute"),
     [
         (("A_log", "dt_bias", None), True),
-        pytest.param(("A_log", "dt_bias", -5.0), True, marks=slow),
-        pytest.param((None, "dt_bias", -5.0), False, marks=slow),
+        (("A_log", "dt_bias", -5.0), True),
+        ((None, "dt_bias", -5.0), False),
     ],
 )
+@slow
 def test_raw_gates(gate, recompute):
     """With dA and dbias, and none for what was not given: 1e-12 of `jax.vjp` of `chunk_kda`."""
     (q, k, v, _, beta), states, cotangents, packing = case(packed=True)
@@ -233,6 +236,7 @@ def test_raw_gates(gate, recompute):
 
 
 @unoptimized
+@slow
 def test_nothing_given_for_the_states():
     """No initial state: no dh0. No dht: a zero one."""
     inputs, states, (d_o, d_states), _ = case()
@@ -283,6 +287,7 @@ def test_traced_packing():
 
 
 @unoptimized
+@slow
 def test_storage_dtype():
     """dh and dv are stored in it, and what comes of them is off by the size of a rounding: by 0.02 to 3 ulp,
     as sums of some tens of rounded terms are. What comes of the forward's tensors alone is not rounded."""
@@ -325,7 +330,7 @@ def test_the_gate_backwards(gate):
 @unoptimized
 @pytest.mark.parametrize("op", [chunk_kda, pytest.param(fused_recurrent_kda, marks=slow)])
 @pytest.mark.parametrize("value", [np.inf, pytest.param(-np.inf, marks=slow)])
-@pytest.mark.parametrize("raw", ["softplus", "sigmoid", "beta"])
+@pytest.mark.parametrize("raw", ["softplus", *(pytest.param(x, marks=slow) for x in ("sigmoid", "beta"))])
 def test_infinite_raw_inputs(op, value, raw):
     """A raw gate or beta of either infinity has the gradients of one of 1e30, bit for bit, and so has
     `kda_gate_bwd`."""
@@ -346,4 +351,35 @@ def test_infinite_raw_inputs(op, value, raw):
 
     for x, y in zip(gradients(value), gradients(np.sign(value) * 1e30), strict=True):
         assert np.isfinite(x).all()
+        np.testing.assert_array_equal(x, y)
+
+
+@unoptimized
+def test_what_is_stored_is_what_is_read():
+    """In float16, dh0 of a single chunk is made of dv as it is returned, and dv of dh as it is returned: to
+    1e-6, where what is not rounded is 1e-4 off."""
+    rng = np.random.default_rng(0)
+    q, k, w, do, dv = (rng.standard_normal((1, 40, HV, K)).astype(np.float16) for _ in range(5))
+    gk, dht = -0.1 * np.ones((1, 40, HV, K), np.float32).cumsum(1), rng.standard_normal((1, HV, K, K))
+    dht = dht.astype(np.float32)
+    dh, dh0, made = chunk_gated_delta_rule_bwd_dhu(
+        q, k, w, do, dv, gk=gk, h0=dht, dht=dht, scale=0.5, storage_dtype=np.float16
+    )
+    q, k, w, do, dv, stored, dh = (np.asarray(x, np.float64)[0] for x in (q, k, w, do, dv, made, dh))
+    decay = np.exp2(np.float64(gk[0, -1]))[..., None]
+    expected = decay * dht[0] + np.einsum("thk,thv->hkv", 0.5 * q, do) - np.einsum("thk,thv->hkv", w, stored)
+    assert relative_error(dh0[0], expected) <= 1e-6
+    exact = dv + np.einsum("thk,hkv->thv", k, dh[0])
+    assert np.mean(stored == exact.astype(np.float16)) >= 0.99
+
+
+@unoptimized
+def test_what_lies_above_the_diagonal_is_not_read():
+    """FLA leaves it unwritten."""
+    inputs, _, (d_o, _), _ = case()
+    fields = chunk_kda_fwd(*inputs, disable_recompute=True)
+    above = np.arange(T)[:, None] % 64 < np.arange(64)  # of the rows of each chunk
+    Aqk = np.where(above[None, :, None], np.nan, fields.Aqk)
+    q, k = inputs[:2]
+    for x, y in zip(*(chunk_kda_bwd_dAv(q, k, fields.v_new, d_o, A) for A in (Aqk, fields.Aqk)), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -716,7 +716,10 @@ EVERYTHING = {
     naive_kda_lowerbound_gate: GATE | dict(g=GOOD["g"]),
 }
 ARRAYS = [
-    (op, name) for op, given in EVERYTHING.items() for name, x in given.items() if isinstance(x, np.ndarray)
+    (op, name)
+    for op, given in EVERYTHING.items()
+    for name, x in given.items()
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f"
 ]
 
 
@@ -775,6 +778,7 @@ FREE = {
     (chunk_gla_fwd_o_gk, "q"): {2},
     (chunk_local_cumsum, "g"): {0, 1, 2, 3},
     (kda_gate_chunk_cumsum, "g"): {0, 1},
+    (fused_recurrent_kda_fwd, "initial_state"): {0},
 } | {key: {0, 1} for key in ANY_RANK if key[0] is not chunk_local_cumsum}
 
 

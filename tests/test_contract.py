@@ -129,6 +129,21 @@ def test_the_output_stage_does_not_read_above_the_diagonal():
     np.testing.assert_array_equal(o, expected)
 
 
+def test_a_beta_of_16_bits_rounds_its_product_with_k():
+    """w of beta and k is w of 1 and the rounded product, to the bit. With a beta of float32 it is another."""
+    (q, k, v, g, beta), options = case(packed=True, dtype=np.float16)
+    beta = beta.astype(np.float16)
+    fields = chunk_kda_fwd(q, k, v, g, beta, **options, storage_dtype=np.float16)
+    k = np.repeat(k, HV // H, axis=2)
+
+    def w(k, beta):
+        given = dict(gk=fields.g, cu_seqlens=CU_SEQLENS, storage_dtype=np.float16)
+        return recompute_w_u_fwd(k, v, beta, fields.Akk, **given)[0]
+
+    np.testing.assert_array_equal(w(k, beta), w(beta[..., None] * k, np.ones_like(beta)))
+    assert (np.asarray(w(k, beta)) != np.asarray(w(k, beta.astype(np.float32)))).any()
+
+
 def test_optional_results_of_the_stages():
     inputs, _ = case()
     q, k, v, _, beta = inputs

@@ -30,6 +30,7 @@ WALK = re.findall(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["from_fla", "serving", "padding"])
 def test_page_runs(page):
     """Its examples in one go, each with what those before it made."""

@@ -81,9 +81,9 @@ def assert_same_bits(made, expected):
 @pytest.mark.parametrize(
     ("op", "form", "plain"),
     [
-        pytest.param(op, form, plain, id=f"{name}-{op.__name__}")
+        pytest.param(op, form, plain, id=f"{name}-{op.__name__}", marks=[pytest.mark.slow] if i else [])
         for name, form, plain, ops in FORMS
-        for op in sorted(ops, key=lambda op: op.__name__)
+        for i, op in enumerate(sorted(ops, key=lambda op: op.__name__))
     ],
 )
 def test_every_form_is_the_plain_one_to_the_bit(op, form, plain):

@@ -22,7 +22,7 @@ from tops.cpu.kda import (
     naive_recurrent_kda,
 )
 
-pytestmark = pytest.mark.unoptimized
+pytestmark = [pytest.mark.unoptimized, pytest.mark.slow]
 slow = pytest.mark.slow
 BOUNDS = dict(q=0.008, k=0.008, v=0.008, g=0.02, beta=0.02, initial_state=0.008, A_log=0.003, dt_bias=0.008)
 LENGTHS = ([0, 256, 500, 1000], [0, 100, 300, 1200, 3000, 4096], [0, 15, 100, 300, 1200, 2000])
@@ -92,7 +92,7 @@ SMALL = [
 
 @pytest.mark.parametrize(
     ("B", "T", "H", "HV", "D", "dtype", "raw_gate", "ends", "options"),
-    [pytest.param(*case, marks=[slow] if i != 3 else []) for i, case in enumerate(SMALL)],
+    SMALL,
 )
 def test_chunk_kda_against_the_recurrence(B, T, H, HV, D, dtype, raw_gate, ends, options):
     """o and the final state to 0.005, gradients to 0.008, those of g and beta to 0.02."""

@@ -13,7 +13,7 @@ from inputs import draw
 
 from tops.cpu.kda import chunk_kda, fused_recurrent_kda, naive_recurrent_kda
 
-pytestmark = pytest.mark.unoptimized
+pytestmark = [pytest.mark.unoptimized, pytest.mark.slow]
 H, K, V = 2, 8, 6
 LENGTHS = np.array([90, 17, 64])
 T, ENDS = max(LENGTHS), np.concatenate([[0], np.cumsum(LENGTHS)])
@@ -142,7 +142,6 @@ def hybrid_layer(op, x, p, cu_seqlens):
     return x + jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1) @ x
 
 
-@pytest.mark.slow
 def test_a_stack_of_layers_under_checkpoint_and_scan():
     """Four layers in one scan, each recomputed in the backward: the gradient of the layers written out, with
     the recurrence in place of the chunks."""

@@ -109,7 +109,7 @@ def test_stages(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", kernels.STORAGE_DTYPES)
-@pytest.mark.parametrize("case", ["whole_chunks", *ALL_CASES])
+@pytest.mark.parametrize("case", [pytest.param("whole_chunks", marks=slow), *ALL_CASES])
 def test_storage_dtype(case, dtype):
     """With FLA's roundings every gradient comes at least 4 times nearer to FLA's. In float16 dg, and what is
     made of it, only where no chunk is short, and little is left of the state that entered it: `test_stages`

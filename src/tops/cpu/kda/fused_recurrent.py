@@ -184,7 +184,11 @@ def fused_recurrent_kda_fwd(
 
     Source: `fla.ops.kda.fused_recurrent.fused_recurrent_kda_fwd`.
     """
-    checks.flags(inplace_final_state=inplace_final_state, output_final_state=output_final_state)
+    checks.flags(
+        inplace_final_state=inplace_final_state,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+    )
     cu_seqlens = checks.listed(cu_seqlens)
     arrays = q, k, v, g, beta
     given = None if ssm_state_indices is not None else initial_state
