@@ -19,16 +19,14 @@ Q, K_, V_, G, BETA = draw(T=T, H=H, HV=HV, K=K, V=V, dtype=np.float32)
 GIVEN = dict(q=Q, k=K_, v=V_, g=G, beta=BETA)
 A_LOG, DT_BIAS = (np.linspace(-1, 1, n, dtype=np.float32) for n in (HV, HV * K))
 A = np.tile(np.eye(64, dtype=np.float32)[:T, None], (1, 1, HV, 1))
+CHUNK_STATES = np.ones((1, 2, HV, K, V), np.float32)
 PACKED = dict(cu_seqlens=ENDS)
 FORWARD = dict.fromkeys(
     (kda.chunk_kda, kda.chunk_kda_fwd, kda.fused_recurrent_kda), GIVEN | dict(output_final_state=True)
 )
 ORACLES = dict.fromkeys((kda.naive_recurrent_kda, kda.naive_chunk_kda), GIVEN)
 STATE_PASS = {kda.chunk_gated_delta_rule_fwd_h: dict(k=K_, w=G, u=V_, gk=G) | PACKED}
-OUTPUT = {
-    kda.chunk_gla_fwd_o_gk: dict(q=Q, v=V_, g=G, A=A, h=np.ones((1, 2, HV, K, V), np.float32), scale=None)
-    | PACKED
-}
+OUTPUT = {kda.chunk_gla_fwd_o_gk: dict(q=Q, v=V_, g=G, A=A, h=CHUNK_STATES, scale=None) | PACKED}
 STAGES = OUTPUT | {
     kda.chunk_kda_fwd_intra: dict(q=Q, k=K_, v=V_, gk=G, beta=BETA),
     kda.recompute_w_u_fwd: dict(k=K_, v=V_, beta=BETA, A=A, gk=G),
@@ -39,6 +37,17 @@ HELPERS = {
     kda.prepare_lens: {},
     kda.prepare_chunk_offsets: dict(chunk_size=8),
     kda.prepare_chunk_indices: dict(chunk_size=8),
+}
+LOWER = np.tril(np.ones((T, 64), np.float32))[None, :, None] * np.ones((HV, 1), np.float32)
+BACKWARD = {
+    kda.chunk_kda_bwd: dict(q=Q, k=K_, v=V_, beta=BETA, Aqk=LOWER, Akk=A, scale=None, initial_state=None)
+    | dict(do=V_, dht=None, g=G),
+    kda.chunk_kda_bwd_dAv: dict(q=Q, k=K_, v=V_, do=V_, A=LOWER),
+    kda.chunk_gated_delta_rule_bwd_dhu: dict(q=G, k=G, w=G, do=V_, dv=V_, gk=G),
+    kda.chunk_kda_bwd_wy_dqkg_fused: GIVEN
+    | dict(v_new=V_, A=A, h=CHUNK_STATES, do=V_, dh=CHUNK_STATES, dv=V_),
+    kda.chunk_kda_bwd_intra: dict(q=Q, k=K_, g=G, beta=BETA, dAqk=LOWER, dAkk=LOWER)
+    | dict(dq=G, dk=G, db=BETA, dg=G),
 }
 GATES = {op: dict(g=G) for op in (kda.kda_gate_fwd, kda.naive_kda_gate, kda.naive_kda_lowerbound_gate)}
 COPIED = {kda.chunk_kda, kda.chunk_kda_fwd, *STATE_PASS, kda.prepare_chunk_indices}
@@ -61,13 +70,14 @@ FORMS = [
         {kda.chunk_kda_fwd, *STATE_PASS},
     ),
     ("list", dict(cu_seqlens=ENDS.tolist()), PACKED, {*FORWARD, *ORACLES, *STAGES, *STATE_PASS, *HELPERS}),
+    ("backward", PACKED | dict(cu_seqlens=ENDS.tolist(), use_graph=True), PACKED, {*BACKWARD}),
     ("scale", dict(scale=jnp.float32(0.75)), dict(scale=0.75), SCALED),
     ("parameters that nobody reads", PARAMETERS, {}, {*FORWARD}),
     ("parameters", IN_KERNEL | IN_CHECKPOINTS, IN_KERNEL | PARAMETERS, {*FORWARD}),
     ("state of one sequence", dict(initial_state=STATE), dict(initial_state=STATE[None]), {*ORACLES}),
     ("parameters of a gate", IN_CHECKPOINTS, PARAMETERS, {*GATES, kda.kda_gate_chunk_cumsum}),
 ]
-ARRAYS = FORWARD | ORACLES | STAGES | STATE_PASS | HELPERS | GATES
+ARRAYS = FORWARD | ORACLES | STAGES | STATE_PASS | HELPERS | GATES | BACKWARD
 
 
 def assert_same_bits(made, expected):
