@@ -173,6 +173,7 @@ def vjp_of_the_recurrence(arguments, cotangents):
     return jax.vjp(op, *arguments)[1](cotangents)
 
 
+@unoptimized
 @slow
 @pytest.mark.parametrize("regime", [regime for regime in REGIMES if regime != "resets"])
 def test_float32(regime):

@@ -14,6 +14,7 @@ BUDGET = settings(
 
 
 @pytest.mark.slow
+@pytest.mark.unoptimized  # its time is compilation; `make fuzz` compiles as a user does
 @pytest.mark.parametrize("check", PROPERTIES)
 def test_holds(check):
     arguments, share = PROPERTIES[check]
