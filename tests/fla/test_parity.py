@@ -185,8 +185,9 @@ def test_storage_dtype(case, dtype):
 @pytest.mark.parametrize("dtype", kernels.STORAGE_DTYPES)
 @pytest.mark.parametrize(
     ("case", "regime"),
-    [("packed_32", "logsigmoid"), pytest.param("gva", "weak", marks=slow)],
+    [("packed_32", "logsigmoid"), ("gva", "weak")],
 )
+@slow
 def test_beta_of_k_s_dtype(case, regime, dtype):
     """FLA rounds beta k to it before the decay: with that, 99.9 % of w are within 2 ulp, and of what follows
     where the gates do not carry an ulp on from chunk to chunk."""
@@ -272,7 +273,7 @@ RAW = dict(use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
         pytest.param(
             "state_v_first", dict(use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True), marks=slow
         ),
-        ("softplus_bias", RAW | dict(allow_neg_eigval=True)),
+        pytest.param("softplus_bias", RAW | dict(allow_neg_eigval=True), marks=slow),
         ("sigmoid_A_bias", RAW),
     ],
 )
