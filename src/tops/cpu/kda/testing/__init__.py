@@ -4,11 +4,13 @@ from . import adapters
 from .cases import CATALOGUE, VERSION, Case, select
 from .compare import MULTIPLE, compare
 from .golden import STAGES, truth
+from .gradients import GRADIENTS, gradient_truth
 from .report import Report, Row
 from .run import check
 
 __all__ = [
     "CATALOGUE",
+    "GRADIENTS",
     "MULTIPLE",
     "STAGES",
     "VERSION",
@@ -18,6 +20,7 @@ __all__ = [
     "adapters",
     "check",
     "compare",
+    "gradient_truth",
     "select",
     "truth",
 ]

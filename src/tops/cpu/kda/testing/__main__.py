@@ -32,11 +32,11 @@ def parse(argv):
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    one = command(
-        "check", run_check, "Judges a function with chunk_kda's or chunk_kda_fwd's call convention."
-    )
+    text = "Judges a function with the call convention of chunk_kda, chunk_kda_fwd or chunk_kda_bwd."
+    one = command("check", run_check, text)
     one.add_argument("function", help="package.module:function")
     one.add_argument("--dtype", choices=DTYPES, default="float32")
+    one.add_argument("--gradients", action="store_true", help="judge its gradients, not its results")
     one.add_argument("--adapter", help=f"{', '.join(ADAPTERS)}, or package.module:function")
     one.add_argument("--arrays", choices=KINDS, default="jax", help="what the function is given")
     two = command(
@@ -49,6 +49,7 @@ def parse(argv):
     )
     three.add_argument("directory", metavar="DIR")
     three.add_argument("--dtype", choices=DTYPES, action="append", help="may be given more than once")
+    three.add_argument("--gradients", action="store_true", help="with cotangents and gradients")
     four = command("cases", run_cases, "Lists the catalogue.")
     for sub in (one, three, four):
         sub.add_argument(
@@ -70,6 +71,7 @@ def adapter(name):
 
 def run_check(args):
     options = dict(adapter=adapter(args.adapter), arrays=args.arrays, multiple=args.multiple)
+    options |= dict(gradients=args.gradients)
     return show(check(load(args.function), args.case, args.dtype, **options, progress=say), args.html)
 
 
@@ -78,7 +80,8 @@ def run_check_files(args):
 
 
 def run_export(args):
-    export(args.directory, select(args.case), args.dtype or ["float32"], progress=say)
+    dtypes = args.dtype or ["float32"]
+    export(args.directory, select(args.case), dtypes, gradients=args.gradients, progress=say)
     say("")
     return 0
 

@@ -11,6 +11,8 @@ import zlib
 
 import numpy as np
 
+from .where import OF_CHUNKS, STATES
+
 VERSION = 1  # of the catalogue: goes up when a name comes to mean other numbers
 
 REGIMES = {
@@ -129,6 +131,16 @@ class Case:
             arrays["cu_seqlens"] = np.array(self.cu_seqlens, np.int64)
         return arrays
 
+    def cotangents(self, dtype=np.float32, seed=0):
+        """The cotangents by name: do in `dtype`, and dht in the states' where the case has any."""
+        rng = np.random.default_rng([seed, zlib.crc32(self.name.encode()), 1])
+        wide = np.float64 if dtype == np.float64 else np.float32
+        cotangents = dict(do=normal(rng, self.B, self.T, self.HV, self.V).astype(dtype))
+        if self.state is not None:
+            state = (self.V, self.K) if self.state_v_first else (self.K, self.V)
+            cotangents["dht"] = normal(rng, len(self.sequences), self.HV, *state).astype(wide)
+        return cotangents
+
     @property
     def chunks(self):
         """[(sequence, row of the batch, chunk of the sequence, first token, end)], in sequence order."""
@@ -140,11 +152,10 @@ class Case:
 
     def standard(self, tensors):
         """Tensors of a call with states [K, V] and without chunks that no sequence needs."""
-        turned = ("h", "final_state") if self.state_v_first else ()
+        turned = STATES if self.state_v_first else ()
         tensors = {name: np.swapaxes(x, -1, -2) if name in turned else x for name, x in tensors.items()}
-        if "h" in tensors:
-            tensors["h"] = tensors["h"][:, : sum(row == 0 for _, row, *_ in self.chunks)]
-        return tensors
+        NT = sum(row == 0 for _, row, *_ in self.chunks)
+        return {name: x[:, :NT] if name in OF_CHUNKS else x for name, x in tensors.items()}
 
     @property
     def is_gate_raw(self):

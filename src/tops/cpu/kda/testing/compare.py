@@ -24,7 +24,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from .where import OF_CHUNKS, OF_HEADS, OF_SEQUENCES, STATES, start_of
+
 MULTIPLE = 2.0  # of the yardstick that a candidate may err by
+MATRICES = ("Aqk", "dAqk", "dAkk")
 LUCK = 3  # standard deviations that one throw may be off
 
 
@@ -65,31 +68,35 @@ def peak(x):
 
 def blocks_of(case, tensor):
     """The blocks of a tensor in the layout of `rows_of`."""
-    if tensor == "final_state":
+    if tensor in OF_HEADS:
+        return [Block(0, 0, 0, 0, 1, 0)]
+    if tensor in OF_SEQUENCES:
         ends = [end - start for _, start, end in case.sequences]
         return [Block(n, -(-end // case.chunk_size), n, 0, 1, end) for n, end in enumerate(ends)]
     starts = [start for _, start, _ in case.sequences]
     blocks = []
     for i, (n, row, c, start, stop) in enumerate(case.chunks):
         token = start - starts[n]
-        if tensor == "h":
+        if tensor in OF_CHUNKS:
             start = c if case.cu_seqlens is None else i
             stop = start + 1
         blocks.append(Block(n, c, row, start, stop, token))
     return blocks
 
 
-def rows_of(x, tensor):
-    """x as [rows, T, HV, channels]: a chunk's state, or a sequence's last, is one row of K * V channels."""
-    if tensor == "final_state":
+def rows_of(x, tensor, HV):
+    """x as [rows, T, heads, channels]: a chunk's state, or a sequence's, is one row of K * V channels."""
+    if tensor in OF_HEADS:
+        x = x.reshape(1, 1, HV, -1)
+    if tensor in OF_SEQUENCES:
         x = x[:, None]
     return x.reshape(*x.shape[:3], -1)
 
 
 def judged_of(case, tensor, golden):
-    """Where a tensor is judged: Aqk on and below the diagonal, since kernels leave the rest unwritten, and
+    """Where a tensor is judged: a matrix on and below the diagonal, since kernels leave the rest unwritten,
     `g` up to a gate of -inf, behind which a cumulative sum tells nothing."""
-    if tensor == "Aqk":
+    if tensor in MATRICES:
         row = np.zeros(golden.shape[:2], int)
         for block in blocks_of(case, tensor):
             row[block.row, block.start : block.stop] = np.arange(block.stop - block.start)
@@ -98,8 +105,10 @@ def judged_of(case, tensor, golden):
 
 
 @np.errstate(invalid="ignore", over="ignore")  # what is not judged may be any bits
-def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
-    """Judges x, the candidate's `tensor` of a case, all of the shape of `golden`; dtype is the candidate's.
+def compare(case, tensor, x, golden, ours, dtype, stored, multiple=MULTIPLE):
+    """Judges x, the candidate's `tensor` of a case, all of the shape of `golden`.
+
+    dtype is the candidate's, `stored` what it may round this tensor to.
 
     Returns a dict: rel (Frobenius), max_abs, max_ulp, yardstick (rel of ours), ratio (of the worst block),
     worst (the position of its largest error), start (where the error starts; "" when it passes), and picture
@@ -112,11 +121,12 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
             rel=0.0, max_abs=0.0, max_ulp=0, yardstick=0.0, ratio=0.0, worst={}, start="", picture=None
         )
     wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-    stored = wide if tensor in ("g", "final_state") else dtype
     ulps = _ulps(x, golden, stored)
-    judged = judged_of(case, tensor, golden) if tensor in ("g", "Aqk") else np.ones(golden.shape, bool)
+    judged = np.ones(golden.shape, bool)
+    if tensor in ("g", *MATRICES):
+        judged = judged_of(case, tensor, golden)
     x, golden, ours = (
-        rows_of(np.where(judged, np.asarray(y, np.float64), 0), tensor) for y in (x, golden, ours)
+        rows_of(np.where(judged, np.asarray(y, np.float64), 0), tensor, case.HV) for y in (x, golden, ours)
     )
     error, own = np.abs(x - golden), np.abs(ours - golden)
     error = np.where(np.isfinite(error), error, np.inf)
@@ -144,17 +154,21 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE):
     offset, channel = np.unravel_index(np.argmax(rows), rows.shape)
     worst = dict(sequence=block.sequence, token=block.token + offset, head=head, channel=channel)
     worst = {name: int(n) for name, n in (worst | dict(chunk=block.chunk, offset=offset)).items()}
-    if tensor in ("h", "final_state"):
+    if tensor in STATES:
         worst["channel"] = divmod(worst["channel"], case.V)
+    if tensor in OF_HEADS:
+        worst = {name: worst[name] for name in ("head", "channel")}
     start, picture = "", None
     if not ratio <= multiple:
         start = "everywhere, a little"
         if (ratios > multiple).any():
-            start = _start(case, tensor, blocks, ratios > multiple, error, limits)
+            start = start_of(case, tensor, blocks, ratios > multiple, error, limits)
         of_sequence = [b for b in blocks if b.sequence == block.sequence]
         picture = error[block.row, of_sequence[0].start : of_sequence[-1].stop, head]
-        if tensor in ("h", "final_state"):
+        if tensor in STATES:
             picture = rows.reshape(-1, case.V)
+        if tensor in OF_HEADS:
+            picture = None
     return dict(
         rel=rel,
         max_abs=float(whole[0].max()),
@@ -188,48 +202,3 @@ def _ulps(x, golden, dtype):
         apart, np.minimum(np.abs(x), 2**62) + np.minimum(np.abs(golden), 2**62), np.abs(x - golden)
     )
     return np.where(finite, steps, -1)
-
-
-def _start(case, tensor, blocks, bad, error, limits):
-    """Where the error starts, in words: of each sequence and head the first bad row counts."""
-    firsts = {}
-    for block, heads, limit in zip(blocks, bad, limits, strict=True):
-        for head in np.flatnonzero(heads):
-            rows = error[block.row, block.start : block.stop, head].max(axis=-1) > limit[head]
-            offset = int(np.argmax(rows))  # 0 too where no row stands out
-            last = block.token + case.chunk_size > _length(case, block.sequence)
-            firsts.setdefault((block.sequence, head), (block.chunk, offset, last))
-    sequences, heads = ({key[i] for key in firsts} for i in range(2))
-    everywhere = {block.sequence for block in blocks}
-    found = set(firsts.values())
-    chunk, offset, _ = min(found)
-    which = f"sequence{'s' * (len(sequences) > 1)} {_listed(sequences)}"
-    if tensor == "final_state":
-        text = "everywhere" if sequences == everywhere else f"the final state of {which}"
-    elif all((c, i) == (0, 0) for c, i, _ in found) and tensor != "h":
-        if sequences == everywhere:
-            text = "everywhere"
-        else:
-            text = f"a sequence boundary: {which} from the first token on"
-    elif all(last for *_, last in found) and tensor != "h":
-        text = f"the last, short chunk of {which}, offset {offset}"
-    elif all(i == 0 for _, i, _ in found):
-        text = f"a chunk boundary: {which} from chunk {chunk} on"
-    else:
-        text = f"inside a chunk: {which}, chunk {chunk}, offset {offset}"
-    if len(heads) < case.HV:
-        group = case.HV // case.H
-        q_heads = {head // group for head in heads}
-        text += f"; value heads {_listed(heads)} only"
-        if len(heads) == group * len(q_heads):
-            text += f" (q/k head{'s' * (len(q_heads) > 1)} {_listed(q_heads)})"
-    return text
-
-
-def _length(case, sequence):
-    _, start, end = case.sequences[sequence]
-    return end - start
-
-
-def _listed(numbers):
-    return ", ".join(map(str, sorted(map(int, numbers))))

@@ -2,7 +2,7 @@
 
 DIR/manifest.json names for each case and dtype a file `CASE.DTYPE.npz` with the arrays
 
-    input.NAME       what the kernel is given
+    input.NAME       what the kernel is given; do and dht are the cotangents of o and the final state
     option.NAME      its other arguments, numbers and flags
     golden.TENSOR    the result in float64
     rounded.TENSOR   the same in the dtype that the kernel stores it in
@@ -22,12 +22,13 @@ import numpy as np
 from .cases import CATALOGUE, VERSION
 from .compare import MULTIPLE
 from .golden import STAGES, judge, truth
+from .gradients import GRADIENTS, gradient_truth, judge_gradients, names
 from .report import Report, Row
-from .run import judge_tensors
+from .run import dtypes_of, judge_tensors
 
 
-def export(directory, cases, dtypes, seed=0, progress=None):
-    """Writes the golden files of the cases, and the manifest, into a directory."""
+def export(directory, cases, dtypes, seed=0, gradients=False, progress=None):
+    """Writes the golden files of the cases, with gradients or without, and the manifest, into a directory."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     versions = dict(catalogue=VERSION, jax=jax.__version__, numpy=np.__version__)
@@ -38,13 +39,15 @@ def export(directory, cases, dtypes, seed=0, progress=None):
             if progress is not None:
                 progress(name)
             known = truth(case, dtype, seed)
-            wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+            if gradients:
+                pulled = gradient_truth(case, dtype, seed)
+                known = known._replace(inputs=pulled.inputs, golden=known.golden | pulled.golden)
             arrays = {f"input.{key}": x for key, x in known.inputs.items()}
             arrays |= {f"option.{key}": np.array(x) for key, x in case.options(not case.raw).items()}
             for tensor, x in known.golden.items():
                 arrays[f"golden.{tensor}"] = x
                 with np.errstate(over="ignore"):
-                    arrays[f"rounded.{tensor}"] = x.astype(wide if tensor in ("g", "final_state") else dtype)
+                    arrays[f"rounded.{tensor}"] = x.astype(dtypes_of(tensor, known, dtype)[0])
             shapes = {key: dict(shape=x.shape, dtype=x.dtype.name) for key, x in arrays.items()}
             np.savez(directory / name, **{key: _bits(x) for key, x in arrays.items()})
             manifest["files"][name] = dict(
@@ -80,14 +83,18 @@ def check_files(directory, candidates, multiple=MULTIPLE, progress=None):
         arrays = _load(directory / name, {key: x["dtype"] for key, x in entry["arrays"].items()})
         inputs = {key.removeprefix("input."): x for key, x in arrays.items() if key.startswith("input.")}
         golden = {key.removeprefix("golden."): x for key, x in arrays.items() if key.startswith("golden.")}
-        known = judge(case, inputs, dtype)._replace(golden=golden)
+        forward = {key: x for key, x in inputs.items() if key not in ("do", "dht")}
+        known = judge(case, forward, dtype)._replace(inputs=inputs, golden=golden)
+        required = ["o"] if case.state is None else ["o", "final_state"]
+        if "do" in inputs:
+            known.ours.update(judge_gradients(case, inputs, dtype).ours)
+            required += names(case)
         made = _load(candidates / name, {})
         made = {key: x.view(jnp.bfloat16) if x.dtype == np.uint16 else x for key, x in made.items()}
-        required = ("o",) if case.state is None else ("o", "final_state")
         tensors = [tensor for tensor in golden if tensor in made or tensor in required]
         rows += judge_tensors(case, {tensor: made.get(tensor) for tensor in tensors}, known, dtype, multiple)
     dtypes = ", ".join(dict.fromkeys(entry["dtype"] for entry in manifest["files"].values()))
-    stages = any(row.tensor not in ("o", "final_state") for row in rows)
+    stages = any(row.tensor not in ("o", "final_state", *GRADIENTS) for row in rows)
     return Report(str(candidates), dtypes, multiple, stages, rows, [])
 
 

@@ -22,7 +22,10 @@ STAGES = dict(
     final_state="3 state",
     o="4 output",
 )
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # a case runs once: most of its time is compilation
+# A case runs once: most of its time is compilation.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # a flag that later builds of XLA refuse
+    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
 class Truth(NamedTuple):

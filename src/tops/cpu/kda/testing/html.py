@@ -8,6 +8,7 @@ import numpy as np
 
 from .cases import CATALOGUE
 from .report import cell
+from .where import STATES
 
 try:
     from matplotlib.colors import LogNorm
@@ -89,7 +90,7 @@ def _picture(row):
     axes = figure.add_subplot()
     top = np.nanmax(error, initial=0) or 1
     axes.set_facecolor("#b3261e")  # shows through where a value is not finite
-    state = row.tensor in ("h", "final_state")
+    state = row.tensor in STATES
     axes.set(xlabel="key channel" if state else "token", ylabel="value channel" if state else "channel")
     picture = axes.imshow(
         np.maximum(error, 1e-5 * top), aspect="auto", interpolation="nearest", cmap="magma",

@@ -12,6 +12,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--kda-case", metavar="PATTERN", help="the cases, as names or shell patterns; all by default"
     )
+    group.addoption("--kda-gradients", action="store_true", help="judge its gradients, not its results")
     group.addoption("--kda-adapter", help="plain, head_first, segment_ids, ungrouped, or module:function")
     group.addoption(
         "--kda-arrays", default="jax", help="what the kernel is given: jax (default), numpy or torch"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .golden import STAGES
+from .gradients import GRADIENTS
 
 
 class Row(NamedTuple):
@@ -90,15 +91,16 @@ class Report:
     @property
     def tensors(self):
         seen = {row.tensor for row in self.rows}
-        return [tensor for tensor in STAGES if tensor in seen]
+        return [tensor for tensor in (*STAGES, *GRADIENTS) if tensor in seen]
 
     def __str__(self):
         """The verdict, the ratios of cases by tensors ("!" marks what is off), and what is off in words."""
         cells = {(row.case, row.tensor): cell(row) for row in self.rows}
-        lines = [self.verdict, "", f"{'':17}" + "".join(f"{name:>12}" for name in self.tensors)]
+        width = max(12, *(1 + len(name) for name in self.tensors)) if self.rows else 12
+        lines = [self.verdict, "", f"{'':17}" + "".join(f"{name:>{width}}" for name in self.tensors)]
         for case in dict.fromkeys(row.case for row in self.rows):
             lines.append(
-                f"{case:17}" + "".join(f"{cells.get((case, name), ''):>12}" for name in self.tensors)
+                f"{case:17}" + "".join(f"{cells.get((case, name), ''):>{width}}" for name in self.tensors)
             )
         bad = sorted((row for row in self.rows if not row.ok), key=lambda row: row.stage)
         return "\n".join([*lines, *[""] * bool(bad), *map(str, bad)])
