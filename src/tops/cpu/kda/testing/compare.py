@@ -11,12 +11,24 @@ A right kernel may err by the largest of
     its error relative to the golden over the whole tensor, times the golden of this block; for the root mean
         square three times that: the errors of a block can move together (with equal keys one score's rounding
         is every score's), so that a block is one throw of the dice, and ours may have been lucky;
-    C * u of the golden, C the chunk size or 64 (the candidate's own may be), u half the arithmetic's epsilon:
-        the contract's `g` is a cumulative sum, which a model's gates, about -1 each, take to -C in a chunk;
-        rounding it moves a decay by u C, and every kernel that we know takes its decays from there;
+    u times the larger of C and 3 G, of the golden: what sums over a chunk are rounded by;
     half an ulp of the dtype: so that a correctly rounded result has a ratio of at most 1.
 
-The whole tensor is held to the same, by its root mean square, without the factor of three.
+u is half the epsilon of the arithmetic, C the chunk size or 64 (the candidate's own may be), and G the
+largest sum of the case's gates over C tokens, in nats. A product over a chunk sums C terms: that is C u. And
+a kernel takes its decays exp(G_i - G_j) from cumulative sums, whose roundings are errors of the exponent. On
+an accelerator the sum is a scan by log steps: each level rounds, and the partial sums grow by two from level
+to level, which makes u (G + G/2 + ...) = 2 u G. The sums are then multiplied by log2 e, one more rounding:
+3 u G. A decay has two of them, 6 u G, and that is what passes, with a multiple of 2.
+
+G counts gates down to -5, the strongest that `safe_gate` allows: such sums stay below 5 C, their errors below
+1e-4. A stronger gate counts as none. Gates of -1000 are not for a sum, which they take to 1e4: a kernel that
+sums them exceeds the yardstick a hundredfold. The tensor `g` is such a sum itself, and has no G in its
+yardstick: relative to the sum, its error is below C u.
+
+The whole tensor is held to the same, by its root mean square, without the factor of three. That factor stays,
+and the maximum has it too, where nothing is stored in 16 bits: what errs are sums in one order, and a right
+kernel takes another. With equal keys such errors live for a hundred tokens: chunks of 128 err 2.7 times ours.
 """
 
 from typing import NamedTuple
@@ -27,8 +39,10 @@ import numpy as np
 from .where import OF_CHUNKS, OF_HEADS, OF_SEQUENCES, STATES, start_of
 
 MULTIPLE = 2.0  # of the yardstick that a candidate may err by
+SAFE = 5.0  # nats: the strongest gate that kernels sum
+ROUNDINGS = 3  # of a cumulative sum relative to the largest: a scan by log steps, and a product
+LUCK = 3  # standard deviations that one throw may be off, or one order of sums
 MATRICES = ("Aqk", "dAqk", "dAkk")
-LUCK = 3  # standard deviations that one throw may be off
 
 
 class Block(NamedTuple):
@@ -104,11 +118,26 @@ def judged_of(case, tensor, golden):
     return np.isfinite(golden)
 
 
-@np.errstate(invalid="ignore", over="ignore")  # what is not judged may be any bits
-def compare(case, tensor, x, golden, ours, dtype, stored, multiple=MULTIPLE):
-    """Judges x, the candidate's `tensor` of a case, all of the shape of `golden`.
+def summed(case):
+    """The tokens that a kernel sums over: a candidate's chunks may be its own."""
+    return max(case.chunk_size, 64)
 
-    dtype is the candidate's, `stored` what it may round this tensor to.
+
+def largest_sum(case, g):
+    """In nats: of the log decays g [B, T, HV, K], over `summed` tokens of a sequence, those from -5 on."""
+    g = np.where(g < -SAFE, 0, g)
+    sums = (
+        g[row, first : min(first + summed(case), end)].sum(axis=0)
+        for row, start, end in case.sequences
+        for first in range(start, end, summed(case))
+    )
+    return max((float(-x.min()) for x in sums), default=0.0)
+
+
+@np.errstate(invalid="ignore", over="ignore")  # what is not judged may be any bits
+def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE, gate_sum=0.0, stored=None):
+    """Judges x, the candidate's `tensor` of a case, all of the shape of `golden`; dtype is the candidate's,
+    gate_sum the `largest_sum` of the case's gates, `stored` what the tensor may be rounded to, or dtype.
 
     Returns a dict: rel (Frobenius), max_abs, max_ulp, yardstick (rel of ours), ratio (of the worst block),
     worst (the position of its largest error), start (where the error starts; "" when it passes), and picture
@@ -121,6 +150,7 @@ def compare(case, tensor, x, golden, ours, dtype, stored, multiple=MULTIPLE):
             rel=0.0, max_abs=0.0, max_ulp=0, yardstick=0.0, ratio=0.0, worst={}, start="", picture=None
         )
     wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    stored = dtype if stored is None else stored
     ulps = _ulps(x, golden, stored)
     judged = np.ones(golden.shape, bool)
     if tensor in ("g", *MATRICES):
@@ -134,9 +164,12 @@ def compare(case, tensor, x, golden, ours, dtype, stored, multiple=MULTIPLE):
     inside = [(block.row, slice(block.start, block.stop)) for block in blocks]
     whole = [np.concatenate([y[where].ravel() for where in inside]) for y in (error, own, golden)]
     rel, yardstick = (float(_over(_norm(y), _norm(whole[2]))) for y in whole[:2])
-    sums = max(case.chunk_size, 64) * float(jnp.finfo(wide).eps) / 2
+    terms = summed(case) if tensor == "g" else max(summed(case), ROUNDINGS * gate_sum)
+    sums = terms * float(jnp.finfo(wide).eps) / 2
     pooled = max(sums, LUCK * yardstick if np.isfinite(yardstick) else 0)
-    pooled_peak = max(sums, float(_over(whole[1].max(), whole[2].max())) if np.isfinite(yardstick) else 0)
+    order = LUCK if dtype == wide else 1
+    pooled_peak = order * float(_over(whole[1].max(), whole[2].max())) if np.isfinite(yardstick) else 0
+    pooled_peak = max(sums, pooled_peak)
     ratios, limits = [], []
     for where in inside:
         e, y, G, f = (z[where] for z in (error, own, golden, floor))
@@ -146,7 +179,7 @@ def compare(case, tensor, x, golden, ours, dtype, stored, multiple=MULTIPLE):
         limits.append(multiple * at_most)
     ratios = np.array(ratios)  # [blocks, HV]
     norms = [_norm(y) for y in (*whole, np.concatenate([floor[where].ravel() for where in inside]))]
-    ratio = max(float(ratios.max()), float(_over(norms[0], max(norms[1], sums * norms[2], norms[3]))))
+    ratio = max(float(ratios.max()), float(_over(norms[0], max(order * norms[1], sums * norms[2], norms[3]))))
 
     i, head = np.unravel_index(np.argmax(ratios), ratios.shape)
     block = blocks[i]

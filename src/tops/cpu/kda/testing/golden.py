@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from .. import chunk_kda, chunk_kda_fwd
+from ..activations import log_decay
+from .compare import largest_sum
 
 STAGES = dict(
     g="0 gate",
@@ -29,11 +31,13 @@ if jax.__version_info__ < (0, 11):  # a flag that later builds of XLA refuse
 
 
 class Truth(NamedTuple):
-    """The inputs of a case, its tensors in float64, and the same as our forward makes them with rounding."""
+    """The inputs of a case, its tensors in float64, and the same as our forward makes them with rounding; and
+    the `largest_sum` of its gates."""
 
     inputs: dict
     golden: dict
     ours: dict
+    gate_sum: float = 0.0
 
 
 @lru_cache(maxsize=32)
@@ -54,11 +58,22 @@ def judge(case, inputs, dtype):
         golden, ours = pool.map(
             partial(forward, case), (cast(inputs, np.float64), rounded[0]), (None, rounded[1])
         )
-    if dtype != np.float64:
-        return Truth(inputs, golden, ours)
-    with np.errstate(invalid="ignore"):  # -inf - -inf, where the cumulative sum of resets is not judged
-        ours = {name: golden[name] + 2.0**-28 * (x - golden[name]) for name, x in ours.items()}
-    return Truth(inputs, golden, ours)
+    if dtype == np.float64:
+        with np.errstate(invalid="ignore"):  # -inf - -inf, where the cumulative sum of resets is not judged
+            ours = {name: golden[name] + 2.0**-28 * (x - golden[name]) for name, x in ours.items()}
+    return Truth(inputs, golden, ours, largest_sum(case, gates(case, inputs)))
+
+
+def gates(case, inputs):
+    """The log decays of a case, in float64."""
+    g = np.asarray(inputs["g"], np.float64)
+    if not case.is_gate_raw:
+        return g
+    with jax.enable_x64(True):
+        A_log, dt_bias = (
+            None if x is None else x.astype(np.float64) for x in map(inputs.get, ("A_log", "dt_bias"))
+        )
+        return np.asarray(log_decay(g, A_log, dt_bias, case.lower_bound))
 
 
 def cast(inputs, dtype):

@@ -187,7 +187,8 @@ def judge_tensors(case, made, known, dtype, multiple=MULTIPLE):
             expected = " or ".join(dict.fromkeys(d.name for d in dtypes))
             row = row._replace(note=f"is {x.dtype}, expected {expected}")
         else:
-            found = compare(case, name, x, known.golden[name], known.ours[name], dtype, dtypes[0], multiple)
+            known_of = known.golden[name], known.ours[name]
+            found = compare(case, name, x, *known_of, dtype, multiple, known.gate_sum, dtypes[0])
             row = row._replace(**found, ok=bool(found["ratio"] <= multiple))
         rows.append(row)
     return rows

@@ -1,0 +1,61 @@
+"""The conformance kit passes right kernels, however they sum their gates.
+
+`right.py` has them, in NumPy: nothing but the kit's goldens is compiled. The bound is the kit's multiple, 2.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import right
+
+from tops.cpu.kda.testing import CATALOGUE
+from tops.cpu.kda.testing.run import check_case
+
+pytestmark = pytest.mark.unoptimized
+slow = pytest.mark.slow
+FLOAT32 = np.dtype(np.float32)
+SEEDS = 20
+# 30 % of the gates far below -5, or -inf: a cumulative sum loses the rest to float32.
+NOT_TO_SUM = ("masks", "packed_masks", "resets", "strong")
+# Where the gates decide what a kernel errs by; the other cases differ in shape and options.
+GATES = ("dense", "minus_5", "uneven", "packed", "chunk_128", "layer", "softplus", "sigmoid", "packed_raw")
+KERNELS = list(itertools.product(right.SUMS, right.UNITS, ("stages", 16, 32, 64, 128)))
+
+
+def assert_passes(name, seed, kernels):
+    case = CATALOGUE[name]
+    for total, unit, chunk in kernels:
+        stages = chunk == "stages"
+        if not (case.raw and stages):
+            kernel = right.kernel(right.SUMS[total], unit, chunk, stages=stages)
+            rows = check_case(kernel, case, FLOAT32, stages, seed=seed)
+            wrong = [str(row) for row in rows if not row.ok]
+            assert not wrong, (total, unit, chunk, seed, wrong)
+
+
+@pytest.mark.parametrize("name", ["dense", "packed", "sigmoid"])
+def test_passes_right_kernels(name):
+    assert_passes(name, 0, KERNELS[::4])
+
+
+@slow
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in NOT_TO_SUM])
+def test_passes_right_kernels_on_every_draw(name):
+    """Every eleventh kernel, others for every seed; 20 seeds where gates decide, of the other cases three."""
+    for seed in range(1, 1 + (SEEDS if name in GATES else 3)):
+        assert_passes(name, seed, KERNELS[seed % 11 :: 11])
+
+
+@slow
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_passes_a_recurrence(name):
+    assert_passes(name, 1, [("in_order", "nats", 1)])
+
+
+@pytest.mark.parametrize("name", ["masks", pytest.param("packed_masks", marks=slow)])
+@pytest.mark.parametrize("total", right.SUMS)
+def test_gates_of_minus_1000_are_not_for_a_sum(name, total):
+    """A kernel that sums them exceeds the yardstick a hundredfold."""
+    rows = check_case(right.kernel(right.SUMS[total], "log2_before"), CATALOGUE[name], FLOAT32, False)
+    assert max(row.ratio for row in rows) > 100
