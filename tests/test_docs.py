@@ -85,3 +85,12 @@ def test_names_in_backticks_are_names_of_the_source(page):
         re.sub("_[ij0]$", "", name.strip("/").split(".")[-1]) for name in names - files if name[:4] != "jax."
     }
     assert parts - WORDS == set()
+
+
+def test_adapters_of_other_libraries():
+    """The page shows those that `make peers` runs, each of at most 8 lines."""
+    (shown,) = (text for text in WALK if "def tokamax" in text)
+    assert shown in (ROOT / "peers" / "kernels.py").read_text()
+    for function in shown.strip().split("\n\n\n"):
+        lines = [line for line in function.splitlines()[1:] if line.strip()]
+        assert len(lines) <= 8, function

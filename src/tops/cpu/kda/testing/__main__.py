@@ -37,7 +37,7 @@ def parse(argv):
     one.add_argument("function", help="package.module:function")
     one.add_argument("--dtype", choices=DTYPES, default="float32")
     one.add_argument("--gradients", action="store_true", help="judge its gradients, not its results")
-    one.add_argument("--adapter", help=f"{', '.join(ADAPTERS)}, or package.module:function")
+    one.add_argument("--adapter", help=f"words of {adapters.EXPECTED}; or package.module:function")
     one.add_argument("--arrays", choices=KINDS, default="jax", help="what the function is given")
     two = command(
         "check-files", run_check_files, "Judges .npz files that a kernel wrote for the golden files."
@@ -61,12 +61,9 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-ADAPTERS = ("plain", "head_first", "segment_ids", "ungrouped")
-
-
 def adapter(name):
-    """One of `adapters`, or the function that the name is of; None for None."""
-    return name if name is None else getattr(adapters, name) if name in ADAPTERS else load(name)
+    """Words of `adapters`, or the function that the name is of; None for None."""
+    return load(name) if name and ":" in name else name
 
 
 def run_check(args):

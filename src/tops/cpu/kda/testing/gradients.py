@@ -59,7 +59,7 @@ def gradient_truth(case, dtype, seed=0, saved=False):
 def judge_gradients(case, inputs, dtype, saved=False):
     """`gradient_truth` of inputs at hand.
 
-    The golden is `jax.vjp` of our `chunk_kda` in float64. The yardstick are FLA's stages chained by hand, with
+    The golden is `jax.vjp` of our `chunk_kda` in float64. The yardstick is FLA's stages chained by hand, with
     `storage_dtype`. They read every decay from cumulative sums, and so does every backward that starts from a
     forward's fields. Who is not given those may err so only where no gate is below -5 a token; elsewhere the
     yardstick is `jax.vjp` of our forward with `storage_dtype`.

@@ -13,7 +13,7 @@ def pytest_addoption(parser):
         "--kda-case", metavar="PATTERN", help="the cases, as names or shell patterns; all by default"
     )
     group.addoption("--kda-gradients", action="store_true", help="judge its gradients, not its results")
-    group.addoption("--kda-adapter", help="plain, head_first, segment_ids, ungrouped, or module:function")
+    group.addoption("--kda-adapter", help='words as in "plain,tokens=HBTK", or module:function')
     group.addoption(
         "--kda-arrays", default="jax", help="what the kernel is given: jax (default), numpy or torch"
     )

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from .. import checks
+from . import adapters
 from .arrays import KINDS, to_kind, to_numpy
 from .autodiff import gradients_by, gradients_of, is_backward
 from .cases import select
@@ -45,7 +46,8 @@ def check(
             of `jax.vjp` of fn, or of torch's autograd. A fn with `chunk_kda_bwd`'s convention, one that takes
             do and dht, is judged so anyway: it is given what our forward saves, and returns FLA's eight
             gradients, or a dict of them, in which what `GRADIENTS` has between the stages is judged too.
-        adapter: a function of (a function of NumPy arrays) to another, for other layouts; see `adapters`.
+        adapter: for other layouts, a function of (a function of NumPy arrays) to another, or words such as
+            "plain,tokens=HBTK"; see `adapters`.
         arrays: what fn is given, "jax", "numpy" or "torch". It may return any.
         multiple: how many yardsticks a tensor may err by; see `compare`.
         seed: of the inputs.
@@ -67,13 +69,13 @@ def check(
     stages = takes_stages(fn) if stages is None or backward else stages
     if gradients and not backward and arrays == "numpy":
         raise ValueError("arrays: expected jax or torch, which differentiate, for gradients, got 'numpy'")
-    adapter = adapter or (lambda fn: fn)
-    if gradients and not backward:
-        judge = partial(check_gradients, gradients_of(adapter(fn), arrays), saved=False)
-    elif backward:
-        judge = partial(check_gradients, gradients_by(adapter(numpy_call(fn, arrays))), saved=True)
+    if backward:
+        call = adapted(numpy_call(fn, arrays), adapter)
+        judge = partial(check_gradients, gradients_by(call), saved=True)
+    elif gradients:
+        judge = partial(check_gradients, gradients_of(adapted(fn, adapter), arrays), saved=False)
     else:
-        judge = partial(check_case, adapter(numpy_call(fn, arrays)))
+        judge = partial(check_case, adapted(numpy_call(fn, arrays), adapter))
     cases = takes(select(cases), stages, backward)
     rows, declined = [], []
     for i, case in enumerate(cases):
@@ -87,6 +89,13 @@ def check(
             declined.append(case.name)
     name = f"{getattr(fn, '__module__', '')}.{getattr(fn, '__qualname__', repr(fn))}"
     return Report(name, dtype.name, multiple, backward or (stages and not gradients), rows, declined)
+
+
+def adapted(call, adapter):
+    """What an adapter makes of a call, or words of `adapters`; the call itself for None."""
+    if isinstance(adapter, str):
+        adapter = adapters.of(adapter)
+    return call if adapter is None else adapter(call)
 
 
 def takes_stages(fn):
