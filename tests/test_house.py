@@ -24,6 +24,7 @@ ALLOWED = {
     "one_chunk": STAGES | {"one_chunk.decay", "one_chunk.xla"},
     "chunking": {"one_chunk.xla"},
     "checks": {"chunking"},  # whose messages count chunks
+    "contracts": {"checks", "chunking"},
     "scan": {"chunking", "one_chunk", "one_chunk.xla", "activations", "pullback", "rounding"},
 }
 MODULES = {

@@ -1,6 +1,6 @@
 """Chunked Kimi Delta Attention (KDA) in pure JAX: the reference for people who write KDA kernels."""
 
-from . import checks, chunking, naive
+from . import chunking, contracts, naive
 from .chunk import chunk_kda
 from .chunk_bwd import ChunkKDABackward, chunk_kda_bwd, chunk_kda_bwd_dAv, chunk_kda_bwd_wy_dqkg_fused
 from .chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
@@ -20,11 +20,11 @@ from .gate import (
 )
 from .wy_fast import recompute_w_u_fwd
 
-naive_chunk_kda = checks.guarded(naive.naive_chunk_kda, checks.oracle_in_chunks)
-naive_recurrent_kda = checks.guarded(naive.naive_recurrent_kda, checks.oracle)
-prepare_lens = checks.guarded(chunking.prepare_lens, checks.index_helper)
-prepare_chunk_offsets = checks.guarded(chunking.prepare_chunk_offsets, checks.index_helper)
-prepare_chunk_indices = checks.guarded(chunking.prepare_chunk_indices, checks.known_index_helper)
+naive_chunk_kda = contracts.guarded(naive.naive_chunk_kda, contracts.oracle_in_chunks)
+naive_recurrent_kda = contracts.guarded(naive.naive_recurrent_kda, contracts.oracle)
+prepare_lens = contracts.guarded(chunking.prepare_lens, contracts.index_helper)
+prepare_chunk_offsets = contracts.guarded(chunking.prepare_chunk_offsets, contracts.index_helper)
+prepare_chunk_indices = contracts.guarded(chunking.prepare_chunk_indices, contracts.known_index_helper)
 
 __all__ = [
     "ChunkKDABackward",

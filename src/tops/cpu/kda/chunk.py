@@ -1,6 +1,6 @@
 """The user-level op: chunked KDA, output and final state only."""
 
-from . import checks
+from . import checks, contracts
 from .activations import Activations
 from .chunk_fwd import forward
 
@@ -101,7 +101,7 @@ def chunk_kda(
         qk_l2norm=use_qk_l2norm_in_kernel,
         gate=use_gate_in_kernel,
         lower_bound=lower_bound,
-        beta_scale=checks.sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval),
+        beta_scale=contracts.sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval),
     )
     fields = ("o", "h") if return_intermediate_states else ("o",)
     final_state, made = forward(

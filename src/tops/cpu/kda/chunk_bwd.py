@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import checks, chunking
+from . import checks, chunking, contracts
 from .activations import RCP_LN2
 from .chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
 from .chunk_intra import intra_bwd
@@ -117,13 +117,13 @@ def chunk_kda_bwd(
     checks.flags(disable_recompute=disable_recompute, state_v_first=state_v_first)
     saved = dict(w=w, qg=qg, kg=kg, v_new=v_new, h=h)
     checks.no_context(cp_context)
-    cu_seqlens, chunk_size, NT = checks.backward(
+    cu_seqlens, chunk_size, NT = contracts.backward(
         *(q, k, v, beta, Aqk, Akk, initial_state, do, dht, g, g_org, state_v_first, use_gate_in_kernel),
         *(chunk_size, cu_seqlens, chunk_indices, chunk_offsets, use_graph),
         saved if disable_recompute else {},
     )
     raw = g_org if use_gate_in_kernel else g
-    checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, raw)
+    contracts.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, raw)
     scale = checks.scale_or(scale, q.shape[-1] ** -0.5)
     storage_dtype = checks.storage(storage_dtype)
     chunks = dict(chunk_size=chunk_size, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices)
@@ -196,7 +196,7 @@ def chunk_kda_bwd_dAv(
     checks.tensors(sizes, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"), do=(do, "B T HV V"))
     checks.grouped("v", sizes)
     packing = cu_seqlens, chunk_indices, use_graph
-    cu_seqlens, _, NT = checks.stage(sizes, chunk_size, *packing)
+    cu_seqlens, _, NT = contracts.stage(sizes, chunk_size, *packing)
     checks.tensor("A", A, "B T HV C", sizes)
     scale = checks.scale_or(scale, sizes["K"] ** -0.5)
     storage_dtype = checks.storage(storage_dtype)
@@ -275,7 +275,7 @@ def chunk_kda_bwd_wy_dqkg_fused(
     checks.tensors(sizes, q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T HV V"))
     checks.grouped("v", sizes)
     packing = cu_seqlens, chunk_indices, use_graph, chunk_offsets
-    cu_seqlens, _, NT = checks.stage(sizes, chunk_size, *packing)
+    cu_seqlens, _, NT = contracts.stage(sizes, chunk_size, *packing)
     states = "B NT HV V K" if state_v_first else "B NT HV K V"
     checks.tensors(
         sizes,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import checks, chunking
+from . import checks, chunking, contracts
 from .one_chunk.decay import from_cumsum
 from .one_chunk.state import next_state, u_less_w_S, u_less_w_S_backward
 from .one_chunk.xla import matmul, matmul_tn
@@ -187,7 +187,7 @@ def chunk_gated_delta_rule_bwd_dhu(
     if gk is not None:
         checks.tensor("gk", gk, "B T HV K", sizes)
     packing = cu_seqlens, chunk_indices, use_graph, chunk_offsets
-    cu_seqlens, chunk_size, NT = checks.stage(sizes, chunk_size, *packing)
+    cu_seqlens, chunk_size, NT = contracts.stage(sizes, chunk_size, *packing)
     for name, x in dict(h0=h0, dht=dht).items():
         if x is not None:
             checks.tensor(name, x, "N HV V K" if state_v_first else "N HV K V", sizes)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from . import checks, chunking
+from . import checks, chunking, contracts
 from .activations import Activations
 from .scan import Config, scan_chunks
 
@@ -144,11 +144,11 @@ def forward(
     """
     cu_seqlens, cu_seqlens_cpu, chunk_indices, chunk_offsets = packing
     cu_seqlens = checks.listed(cu_seqlens)
-    scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
+    scale = contracts.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
     chunk_size = checks.chunks(chunk_size, cu_seqlens, chunk_indices, q.shape[1])
     checks.chunk_offsets(chunk_offsets, cu_seqlens, chunk_size)
     known = checks.known_sequences(cu_seqlens, cu_seqlens_cpu)
-    A_log, dt_bias = checks.gate(activations.gate, A_log, dt_bias, activations.lower_bound, safe_gate, g)
+    A_log, dt_bias = contracts.gate(activations.gate, A_log, dt_bias, activations.lower_bound, safe_gate, g)
     storage_dtype = checks.storage(storage_dtype)
     output_dtype = checks.storage(output_dtype, "output_dtype") or o_like.dtype
     NT = chunking.num_chunks(q.shape[1], cu_seqlens, chunk_indices, chunk_size)

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from . import checks, chunking, one_chunk
+from . import checks, chunking, contracts, one_chunk
 from .one_chunk.decay import from_cumsum, of_tokens, of_tokens_backward
 from .one_chunk.intra import intra, scores_backward
 from .rounding import beta_k_storage, storage
@@ -71,7 +71,7 @@ def chunk_kda_fwd_intra(
     checks.tensor("beta", beta, "B T HV", sizes)
     checks.sequences(cu_seqlens, sizes)
     chunk_size = checks.chunks(chunk_size, cu_seqlens, chunk_indices, sizes["T"])
-    checks.safe_gate(safe_gate, lower_bound)
+    contracts.safe_gate(safe_gate, lower_bound)
     scale = checks.scale_or(scale, sizes["K"] ** -0.5)
     storage_dtype = checks.storage(storage_dtype)
     NT = chunking.exact_num_chunks(sizes["T"], cu_seqlens, chunk_indices, chunk_size)
@@ -149,10 +149,10 @@ def chunk_kda_bwd_intra(
     checks.tensors(sizes, q=(q, "B T H K"), k=(k, "B T H K"), g=(g, "B T HV K"), beta=(beta, "B T HV"))
     checks.grouped("g", sizes)
     packing = cu_seqlens, chunk_indices, use_graph
-    cu_seqlens, _, NT = checks.stage(sizes, chunk_size, *packing)
+    cu_seqlens, _, NT = contracts.stage(sizes, chunk_size, *packing)
     checks.tensors(sizes, dAqk=(dAqk, "B T HV C"), dAkk=(dAkk, "B T HV C"))
     checks.tensors(sizes, dq=(dq, "B T HV K"), dk=(dk, "B T HV K"), db=(db, "B T HV"), dg=(dg, "B T HV K"))
-    checks.safe_gate(safe_gate, lower_bound)
+    contracts.safe_gate(safe_gate, lower_bound)
     return intra_bwd(q, k, g, beta, dAqk, dAkk, dq, dk, db, dg, cu_seqlens, NT=NT, dg_of_sums=True)
 
 

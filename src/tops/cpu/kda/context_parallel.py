@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as Spec
 
-from . import checks, chunking
+from . import checks, chunking, contracts
 from .activations import Activations
 from .one_chunk.xla import matmul
 from .scan import Config, scan_chunks
@@ -96,20 +96,20 @@ def context_parallel_kda(
         state_v_first=state_v_first,
     )
     cu_seqlens = checks.listed(cu_seqlens)
-    scale = checks.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
+    scale = contracts.forward(q, k, v, g, beta, scale, initial_state, state_v_first, cu_seqlens)
     chunk_size = checks.chunks(chunk_size, cu_seqlens, None, q.shape[1])
-    A_log, dt_bias = checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
+    A_log, dt_bias = contracts.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
     axes = dict(
         axis_name=(axis_name, "T"),
         batch_axis_name=(batch_axis_name, "B"),
         head_axis_name=(head_axis_name, "H"),
     )
-    checks.mesh_axes(mesh, axes, dict(zip("BTH", q.shape[:3], strict=True)))
+    contracts.mesh_axes(mesh, axes, dict(zip("BTH", q.shape[:3], strict=True)))
     activations = Activations(
         qk_l2norm=use_qk_l2norm_in_kernel,
         gate=use_gate_in_kernel,
         lower_bound=lower_bound,
-        beta_scale=checks.sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval),
+        beta_scale=contracts.sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval),
     )
     o, final_state = _context_parallel(
         *(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias),

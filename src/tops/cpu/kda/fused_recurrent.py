@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import checks, chunking
+from . import checks, chunking, contracts
 from .activations import Activations, activate
 from .one_chunk.xla import dot
 from .rounding import storage
@@ -66,13 +66,13 @@ def fused_recurrent_kda(
     )
     cu_seqlens = checks.listed(cu_seqlens)
     arrays = q, k, v, g, beta
-    scale = checks.forward(*arrays, scale, initial_state, state_v_first, cu_seqlens, headwise_beta=True)
-    A_log, dt_bias = checks.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
+    scale = contracts.forward(*arrays, scale, initial_state, state_v_first, cu_seqlens, headwise_beta=True)
+    A_log, dt_bias = contracts.gate(use_gate_in_kernel, A_log, dt_bias, lower_bound, safe_gate, g)
     activations = Activations(
         qk_l2norm=use_qk_l2norm_in_kernel,
         gate=use_gate_in_kernel,
         lower_bound=lower_bound,
-        beta_scale=checks.sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval),
+        beta_scale=contracts.sigmoid_beta(use_beta_sigmoid_in_kernel, allow_neg_eigval),
     )
     o, final_state, h = _scan_tokens(
         *(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens),
@@ -192,8 +192,8 @@ def fused_recurrent_kda_fwd(
     cu_seqlens = checks.listed(cu_seqlens)
     arrays = q, k, v, g, beta
     given = None if ssm_state_indices is not None else initial_state
-    checks.forward(*arrays, scale, given, state_v_first, cu_seqlens, headwise_beta=True)
-    checks.pool(
+    contracts.forward(*arrays, scale, given, state_v_first, cu_seqlens, headwise_beta=True)
+    contracts.pool(
         *(v, k, initial_state, state_v_first, cu_seqlens, ssm_state_indices, num_accepted_tokens),
         *(inplace_final_state, out),
     )

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from . import checks, chunking
+from . import checks, chunking, contracts
 from .activations import cumsum, log_decay
 
 
@@ -28,7 +28,7 @@ def kda_gate_fwd(g, A_log=None, dt_bias=None, lower_bound=None, output_dtype=jnp
 
     Source: `fla.ops.kda.gate.kda_gate_fwd`, `fused_kda_gate`.
     """
-    A_log, dt_bias = checks.raw_gate(g, A_log, dt_bias, lower_bound)
+    A_log, dt_bias = contracts.raw_gate(g, A_log, dt_bias, lower_bound)
     output_dtype = checks.storage(output_dtype, "output_dtype")
     A_log, dt_bias = (None if x is None else _widen(x) for x in (A_log, dt_bias))
     return log_decay(_widen(g), A_log, dt_bias, lower_bound).astype(output_dtype or g.dtype)
@@ -74,7 +74,7 @@ def kda_gate_bwd(g, A_log=None, dt_bias=None, dyg=None, lower_bound=None):
 
     Source: `fla.ops.kda.gate.kda_gate_bwd`.
     """
-    checks.raw_gate(g, A_log, dt_bias, lower_bound)
+    contracts.raw_gate(g, A_log, dt_bias, lower_bound)
     checks.like("dyg", dyg, "g", g)
     dtype = jnp.result_type(jnp.float32, g, dyg)
 
@@ -119,7 +119,7 @@ def chunk_local_cumsum(
     cu_seqlens = checks.listed(cu_seqlens)
     checks.graph(use_graph, cu_seqlens)
     letters = "B T HV" if getattr(g, "ndim", None) == 3 else "B T HV K"
-    chunk_size, scale = checks.cumsum(g, letters, chunk_size, scale, cu_seqlens, chunk_indices)
+    chunk_size, scale = contracts.cumsum(g, letters, chunk_size, scale, cu_seqlens, chunk_indices)
     output_dtype = checks.storage(output_dtype, "output_dtype") or g.dtype
     return _chunk_local_cumsum(g, chunk_size, reverse, scale, cu_seqlens, output_dtype, chunk_indices)
 
@@ -149,7 +149,7 @@ def kda_gate_chunk_cumsum(
     """
     cu_seqlens = checks.listed(cu_seqlens)
     checks.graph(use_graph, cu_seqlens)
-    chunk_size, scale = checks.cumsum(g, "B T HV K", chunk_size, scale, cu_seqlens, chunk_indices)
+    chunk_size, scale = contracts.cumsum(g, "B T HV K", chunk_size, scale, cu_seqlens, chunk_indices)
     output_dtype = checks.storage(output_dtype, "output_dtype") or g.dtype
     decay = kda_gate_fwd(g, A_log, dt_bias, lower_bound, jnp.promote_types(g.dtype, jnp.float32))
     return _chunk_local_cumsum(decay, chunk_size, False, scale, cu_seqlens, output_dtype, chunk_indices)
