@@ -1,55 +1,59 @@
-"""What the README shows runs as printed."""
+"""What the README and the documents show runs as printed."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import blocks, pattern, run_page
 
-from tops.cpu.kda.testing import check
+import tops.cpu.kda
+from tops.cpu.kda import testing
 
 pytestmark = pytest.mark.unoptimized
-EXAMPLES = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL
-)
+ROOT = Path(__file__).parents[1]
+WALK = [text for _, text in blocks("docs/conformance.md", "python")]
+# Pages with tests of their own: what they show needs more than a run, or torch (`fla/test_pages.py`).
+APART = {"conformance", "pallas", "test_triton"}
+PAGES = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if blocks(path) and path.stem not in APART)
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_readme_example_runs(example):
+def test_readme_runs():
+    """The test of a kernel on one case; the rest as it is."""
+    test, use = (text for _, text in blocks("README.md"))
     names = {}
-    exec(example, names)
+    exec(test, names)
+    names["test_my_kernel"]("one_token")
+    exec(use, names)
     assert names["o"].shape == names["v"].shape
 
 
-def test_readme_has_an_example():
-    assert EXAMPLES
-
-
-WALK = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "conformance.md").read_text(), re.DOTALL
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["from_fla", "serving", "padding"])
-def test_page_runs(page):
-    """Its examples in one go, each with what those before it made."""
-    names = {}
-    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text()
-    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(example, names)
-    assert np.isfinite(names["o"]).all()
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs(page, tmp_path):
+    names = run_page(f"docs/{page}.md", tmp_path)
+    if "o" in names:
+        assert np.isfinite(names["o"]).all()
     if page == "padding":
         tokens = names["by_mask"][names["mask"]]
         np.testing.assert_allclose(names["o"][0, : len(tokens)], tokens, rtol=0, atol=1e-5)
 
 
+def test_what_is_public_is_on_a_page():
+    """Of the ops and of the kit, so that no docstring is left out of the site."""
+    text = (ROOT / "docs" / "api.md").read_text()
+    names = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)", text, re.MULTILINE)}
+    assert set(tops.cpu.kda.__all__) | {"check", "Report"} <= names
+
+
 def test_conformance_walk_finds_the_fault():
     """The broken kernel passes a hand-picked tolerance and two cases, and its state is off in the third."""
-    names = {}
+    names = {"__name__": "broken"}
     exec(WALK[0], names)
-    report = check(names["chunk_kda_fwd"], "dense,weak,uneven", "bfloat16")
+    report = testing.check(names["chunk_kda_fwd"], "dense,weak,uneven", "bfloat16")
     assert report.first_bad_stage == "3 state"
+    shown = re.search(r"^```\n(NOT OK.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    assert re.fullmatch(pattern(shown), str(report))
     assert {row.case for row in report.rows if not row.ok} == {"uneven"}
 
 
@@ -66,7 +70,6 @@ def test_conformance_example_runs():
     exec(WALK[2], {})
 
 
-ROOT = Path(__file__).parents[1]
 SOURCE = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
 WORDS = set(re.findall(r"\w+", SOURCE))
 
