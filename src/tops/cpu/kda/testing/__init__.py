@@ -3,6 +3,7 @@
 from . import adapters
 from .cases import CATALOGUE, VERSION, Case, select
 from .compare import MULTIPLE, compare
+from .given import assert_right
 from .golden import STAGES, truth
 from .gradients import GRADIENTS, gradient_truth
 from .report import Report, Row
@@ -18,6 +19,7 @@ __all__ = [
     "Report",
     "Row",
     "adapters",
+    "assert_right",
     "check",
     "compare",
     "gradient_truth",

@@ -1,0 +1,91 @@
+"""`assert_right` passes what is right for any inputs, says what is off as a report does, refuses bad arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tops.cpu.kda as kda
+from tops.cpu.kda.testing import CATALOGUE, assert_right
+
+pytestmark = pytest.mark.unoptimized
+slow = pytest.mark.slow
+
+
+def call(name, dtype=np.float32):
+    """The tokens and the options of a call of the catalogue's inputs, but not of its options."""
+    case = CATALOGUE[name]
+    inputs = case.inputs(dtype)
+    tokens = [inputs.pop(name) for name in ("q", "k", "v", "g", "beta")]
+    return tokens, inputs | case.options(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "changed"),
+    [
+        ("packed", "float32", dict(use_qk_l2norm_in_kernel=True)),
+        pytest.param("dense", "bfloat16", dict(use_beta_sigmoid_in_kernel=True), marks=slow),
+        pytest.param("state_v_first", "float64", dict(chunk_size=32), marks=slow),
+        pytest.param("sigmoid", "float32", dict(use_qk_l2norm_in_kernel=True), marks=slow),
+    ],
+)
+def test_right_and_wrong_results(name, dtype, changed):
+    """Of options in combinations that the catalogue does not have. One element off by 1 % is a failure."""
+    tokens, options = call(name, jnp.dtype(dtype))
+    options |= changed
+    o, final_state = kda.chunk_kda(*tokens, **options)
+    assert_right((o, final_state), *tokens, **options)
+    assert_right(np.asarray(o), *tokens, **options)
+    wrong = np.array(o)
+    i = np.unravel_index(np.argmax(np.abs(wrong.astype(np.float64))), wrong.shape)
+    wrong[i] = 1.01 * wrong[i].astype(np.float64) + 0.01
+    with pytest.raises(AssertionError, match=r"NOT OK: the kernel, 1 of 2 tensors") as failure:
+        assert_right((wrong, final_state), *tokens, **options)
+    assert f"token {i[1] - CATALOGUE[name].sequences[0][1]}" in str(failure.value) or "packed" in name
+
+
+@slow
+def test_the_fields_of_the_forward_name_the_stage():
+    tokens, options = call("dense")
+    made = kda.chunk_kda_fwd(*tokens, **options, disable_recompute=True)
+    assert_right(made, *tokens, **options)
+    with pytest.raises(AssertionError, match="the first bad stage is 2 WY"):
+        assert_right(made._replace(w=-made.w), *tokens, **options)
+
+
+@slow
+@pytest.mark.parametrize("states", [True, False])
+def test_gradients(states):
+    """With the cotangent of the final state and the initial state's gradient, and without."""
+    tokens, options = call("dense")
+    if not states:
+        options = {}
+    state = options.pop("initial_state", None)
+    cotangents = CATALOGUE["dense"].cotangents()
+    if not states:
+        del cotangents["dht"]
+
+    def op(q, k, v, g, beta, initial_state):
+        made = kda.chunk_kda(q, k, v, g, beta, initial_state=initial_state, **options)
+        return made if states else made[0]
+
+    pulled = jax.vjp(op, *tokens, state)[1](tuple(cotangents.values()) if states else cotangents["do"])
+    names = ("dq", "dk", "dv", "dg", "dbeta", *["d_initial_state"] * states)
+    gradients = dict(zip(names, pulled, strict=False))
+    given = options | cotangents | (dict(initial_state=state) if states else {})
+    assert_right(gradients, *tokens, **given)
+    with pytest.raises(AssertionError, match=r"call: dbeta \(8 intra backwards\) errs"):
+        assert_right(gradients | dict(dbeta=0.5 * gradients["dbeta"]), *tokens, **given)
+
+
+def test_bad_input():
+    tokens, _ = call("dense")
+    o = np.zeros_like(tokens[2])
+    for message, result, more in (
+        (r"options: expected some of initial_state, A_log, .*, got 'chunk'", o, dict(chunk=64)),
+        (r"chunk_size: expected one of \(16, 32, 64, 128\), got 7", o, dict(chunk_size=7)),
+        (r"result: expected a dict of some of dv, dq, .*, got tuple", (o,), dict(do=o)),
+        (r"result: expected a dict of some of .*, got \['dA_log'\]", dict(dA_log=o), dict(do=o)),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            assert_right(result, *tokens, **more)
