@@ -1,5 +1,5 @@
 """Inputs of the suite: the regimes of the conformance kit's catalogue."""
 
-from tops.cpu.kda.testing.cases import REGIMES, draw, unit
+from tops.cpu.kda.testing.regimes import REGIMES, draw, unit
 
 __all__ = ["REGIMES", "draw", "unit"]

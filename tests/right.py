@@ -68,6 +68,7 @@ def kernel(total=in_order, unit="log2_before", chunk=64, stages=False, state_dty
     `stages`, and 1 is token by token: a sum of one gate. It carries its state in `state_dtype`.
     """
 
+    @np.errstate(invalid="ignore", over="ignore")  # NaN and inf go in, too
     def op(
         *, q, k, v, g, beta, scale, initial_state=None, output_final_state=False, cu_seqlens=None,
         state_v_first=False, chunk_size=64, disable_recompute=True, **raw,

@@ -1,4 +1,4 @@
-"""`assert_right` passes what is right for any inputs, says what is off as a report does, refuses bad arguments."""
+"""`assert_right` passes what is right for any inputs, reports what is off, and refuses bad arguments."""
 
 import jax
 import jax.numpy as jnp

@@ -92,7 +92,7 @@ def test_passes_the_recurrences_by_autodiff(op, dtype):
 def test_goldens_are_what_they_are_defined_as():
     """float64, with what lies between the stages: 1e-11 of the derivatives by a zero added to each tensor."""
     case = CATALOGUE["dense"]
-    inputs, golden, _ = gradient_truth(case, np.dtype(np.float64), saved=True)
+    inputs, golden, *_ = gradient_truth(case, np.dtype(np.float64), saved=True)
     tokens = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
     states, scale = inputs["initial_state"], case.K**-0.5
     expected = oracle_backward.backward(

@@ -5,16 +5,13 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import right
 
-from tops.cpu.kda.testing import CATALOGUE
-from tops.cpu.kda.testing.run import check_case
+from tops.cpu.kda.testing import CATALOGUE, check
 
 pytestmark = pytest.mark.unoptimized
 slow = pytest.mark.slow
-FLOAT32 = np.dtype(np.float32)
 SEEDS = 20
 # 30 % of the gates far below -5, or -inf: a cumulative sum loses the rest to float32.
 NOT_TO_SUM = ("masks", "packed_masks", "resets", "strong")
@@ -29,8 +26,8 @@ def assert_passes(name, seed, kernels):
         stages = chunk == "stages"
         if not (case.raw and stages):
             kernel = right.kernel(right.SUMS[total], unit, chunk, stages=stages)
-            rows = check_case(kernel, case, FLOAT32, stages, seed=seed)
-            wrong = [str(row) for row in rows if not row.ok]
+            report = check(kernel, case, stages=stages, arrays="numpy", seed=seed)
+            wrong = [str(row) for row in report.rows if not row.ok]
             assert not wrong, (total, unit, chunk, seed, wrong)
 
 
@@ -57,5 +54,5 @@ def test_passes_a_recurrence(name):
 @pytest.mark.parametrize("total", right.SUMS)
 def test_gates_of_minus_1000_are_not_for_a_sum(name, total):
     """A kernel that sums them exceeds the yardstick a hundredfold."""
-    rows = check_case(right.kernel(right.SUMS[total], "log2_before"), CATALOGUE[name], FLOAT32, False)
-    assert max(row.ratio for row in rows) > 100
+    report = check(right.kernel(right.SUMS[total], "log2_before"), name, arrays="numpy")
+    assert max(row.ratio for row in report.rows) > 100

@@ -10,6 +10,7 @@ from .compare import MULTIPLE
 from .files import check_files, export
 from .run import check, load
 
+SIZES = ("K", "V", "H", "HV", "chunk_size")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -36,6 +37,16 @@ def parse(argv):
     one = command("check", run_check, text)
     one.add_argument("function", help="package.module:function")
     one.add_argument("--dtype", choices=DTYPES, default="float32")
+    one.add_argument("--name", help="of the kernel, in the report")
+    one.add_argument(
+        "--stages", action=argparse.BooleanOptionalAction, help="whether it has chunk_kda_fwd's convention"
+    )
+    one.add_argument(
+        "--tensors", metavar="NAMES", help='as in "o,h": judge these alone; otherwise all that is returned'
+    )
+    for size in SIZES:
+        one.add_argument(f"--{size.replace('_', '-')}", type=int, metavar="N", help="of all cases")
+    one.add_argument("--aligned", action="store_true", help="every sequence in whole chunks, and no padding")
     one.add_argument("--gradients", action="store_true", help="judge its gradients, not its results")
     one.add_argument("--adapter", help=f"words of {adapters.EXPECTED}; or package.module:function")
     one.add_argument("--arrays", choices=KINDS, default="jax", help="what the function is given")
@@ -69,6 +80,8 @@ def adapter(name):
 def run_check(args):
     options = dict(adapter=adapter(args.adapter), arrays=args.arrays, multiple=args.multiple)
     options |= dict(gradients=args.gradients)
+    options |= dict(stages=args.stages, tensors=args.tensors and args.tensors.split(","), name=args.name)
+    options |= {size: getattr(args, size) for size in (*SIZES, "aligned")}
     return show(check(load(args.function), args.case, args.dtype, **options, progress=say), args.html)
 
 
@@ -85,17 +98,18 @@ def run_export(args):
 
 def run_cases(args):
     for case in select(args.case):
-        print(f"{case.name:17}{case.why}")
+        print(f"{case.name:21}{case.why}")
     return 0
 
 
 def show(report, path):
-    """Prints the report, writes it as HTML where asked to; the exit status."""
+    """Prints the report, writes it as HTML where asked to; the exit status: 0, 1 where something is wrong, 3
+    where nothing is and too little was judged."""
     say("")
     print(report)
     if path is not None:
         report.to_html(path)
-    return 0 if report.ok else 1
+    return 0 if report.ok else 3 if report.right else 1
 
 
 def say(text):

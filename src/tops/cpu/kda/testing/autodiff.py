@@ -1,7 +1,5 @@
 """How a candidate's gradients are had: by JAX's autodiff, by torch's, or from a backward of its own."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 
@@ -11,11 +9,6 @@ from .gradients import FIELDS, OF
 NOT_DIFFERENTIATED = ("cu_seqlens",)
 BACKWARD = ("dq", "dk", "dv", "dbeta", "dg", "d_initial_state", "dA_log", "ddt_bias")
 FLA = dict(db="dbeta", dh0="d_initial_state", dA="dA_log", dbias="ddt_bias")  # its names for ours
-
-
-def is_backward(fn):
-    """Whether fn has `chunk_kda_bwd`'s call convention."""
-    return {"do", "dht"} <= inspect.signature(fn).parameters.keys()
 
 
 def gradients_of(fn, arrays):

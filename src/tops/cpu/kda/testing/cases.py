@@ -1,8 +1,4 @@
-"""The catalogue: named inputs that a KDA kernel must get right, deterministic from (name, dtype, seed).
-
-Numbers are drawn by NumPy's generator in float64 and rounded to float32, then to what the case is asked for:
-the same bits under every version of JAX, and the same values in every dtype but for that rounding.
-"""
+"""The catalogue: named inputs that a KDA kernel must get right, deterministic from (name, dtype, seed)."""
 
 import dataclasses
 import fnmatch
@@ -11,70 +7,17 @@ import zlib
 
 import numpy as np
 
+from .regimes import FURTHER, REGIMES, draw
 from .where import OF_CHUNKS, STATES
 
 VERSION = 1  # of the catalogue: goes up when a name comes to mean other numbers
 
-REGIMES = {
-    "logsigmoid": "gates logsigmoid(normal), as a model draws them",
-    "weak": "the same times 1e-3: the state forgets next to nothing",
-    "minus_5": "all gates -5, the strongest that safe_gate allows",
-    "masks": "30 % of the gates -1000, the rest weak: a cumulative sum loses the rest to float32",
-    "resets": "10 % of the gates -inf, the rest weak: a cumulative sum is NaN",
-    "no_decay": "all gates 0: the plain delta rule",
-    "uneven": "gates about -1e-3 to -3, every head and channel its own: a gate of the wrong one shows",
-    "near_keys": "nearly equal keys, beta 1, weak gates: every token rewrites the same slot",
-    "beta_0_1": "beta 0 or 1, weak gates: a token writes nothing, or replaces",
-    "beta_2": "beta up to 2, weak gates: negative eigenvalues",
-    "equal_keys": "equal keys, beta 1.99, gates 0: errors live for a hundred tokens",
-}
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def draw(regime="logsigmoid", B=1, T=1024, H=4, HV=None, K=64, V=None, seed=0, dtype=np.float32):
-    """(q, k, v, g, beta) of one regime, rounded to `dtype`; q and k have unit norm."""
-    rng = np.random.default_rng(seed)
-    HV, V = HV or H, V or K
-    q, k = (unit(rng.standard_normal((B, T, H, K))) for _ in range(2))
-    v = rng.standard_normal((B, T, HV, V))
-    beta = 1 / (1 + np.exp(-rng.standard_normal((B, T, HV))))
-    g = -np.logaddexp(0, -rng.standard_normal((B, T, HV, K)))
-    chance = rng.random(g.shape)
-    weak = 1e-3 * g
-    match regime:
-        case "weak":
-            g = weak
-        case "minus_5":
-            g = np.full_like(g, -5)
-        case "masks":
-            g = np.where(chance < 0.3, -1000, weak)
-        case "resets":
-            g = np.where(chance < 0.1, -np.inf, weak)
-        case "no_decay":
-            g = np.zeros_like(g)
-        case "uneven":
-            g = -(10 ** rng.uniform(-3, 0.5, (HV, K))) * (0.5 + chance)
-        case "near_keys":
-            k = unit(k[:, :1] + 0.05 * rng.standard_normal(k.shape))
-            beta, g = np.ones_like(beta), weak
-        case "beta_0_1":
-            beta, g = np.round(beta), weak
-        case "beta_2":
-            beta, g = 2 * beta, weak
-        case "equal_keys":
-            k = np.broadcast_to(k[:, :1], k.shape)
-            beta, g = np.full_like(beta, 1.99), np.zeros_like(g)
-        case _:
-            assert regime == "logsigmoid"
-    return tuple(x.astype(np.float32).astype(dtype) for x in (q, k, v, g, beta))
+VERSION = 2  # of the catalogue: goes up when a name comes to mean other numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call. `state` is the size of the initial state's elements, None for no states in and out."""
+    """One call, whose numbers follow from its name. One that cannot be is a ValueError of one line."""
 
     name: str
     why: str
@@ -88,11 +31,33 @@ class Case:
     chunk_size: int = 64
     cu_seqlens: tuple | None = None
     scale: float | None = None
-    state: float | None = 1.0
+    state: float | None = 1.0  # size of the initial state's elements; None: no states in and out
     state_v_first: bool = False
     gate: tuple = ()  # which of A_log and dt_bias a raw gate comes with; none: g is a log decay
     lower_bound: float | None = None
+    narrow: bool = False  # g and beta in q's dtype
     raw: bool = False  # q, k and beta come raw too: for `chunk_kda` alone, `chunk_kda_fwd` does not take them
+    allow_neg_eigval: bool = True  # for raw: beta is 2 sigmoid(beta)
+    bits: str | None = None  # a check of `bits`, in place of a comparison with the golden
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("B", "T", "H", "HV", "K", "V", "chunk_size")}
+        for name, size in sizes.items():
+            require(isinstance(size, int) and size >= 1, self.name, name, "an integer of at least 1", size)
+        require(self.HV % self.H == 0, self.name, "HV", f"a multiple of H={self.H}", self.HV)
+        known = ("logsigmoid", *REGIMES, *FURTHER)
+        require(self.regime in known, self.name, "regime", f"one of {', '.join(known)}", self.regime)
+        ends = self.cu_seqlens
+        if ends is not None:
+            require(self.B == 1, self.name, "B", "1, which holds the packed sequences", self.B)
+            rises = len(ends) > 1 and ends[0] == 0 and all(a <= b for a, b in itertools.pairwise(ends))
+            rises = rises and ends[-1] <= self.T
+            require(rises, self.name, "cu_seqlens", f"ends that rise from 0 to at most T={self.T}", ends)
+        if "A_log" not in self.gate:
+            gates = not self.gate or self.lower_bound is not None
+            require(gates, self.name, "gate", "A_log unless lower_bound is given", self.gate)
+        has_state = self.state is not None or self.regime != "converged"
+        require(has_state, self.name, "state", "a number, for v to answer", self.state)
 
     @property
     def sequences(self):
@@ -103,7 +68,7 @@ class Case:
 
     def inputs(self, dtype=np.float32, seed=0):
         """The arrays of the call by name, as NumPy's: q, k, v in `dtype`, the others in float32, or float64
-        beside it; cu_seqlens int64."""
+        beside it, g and beta of a `narrow` case in `dtype` too; cu_seqlens int64."""
         rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
         sizes = dict(B=self.B, T=self.T, H=self.H, HV=self.HV, K=self.K, V=self.V)
         wide = np.float64 if dtype == np.float64 else np.float32
@@ -126,7 +91,10 @@ class Case:
             arrays["initial_state"] = np.float32(self.state) * normal(
                 rng, len(self.sequences), self.HV, *state
             )
-        arrays = {name: x.astype(dtype if name in "qkv" else wide) for name, x in arrays.items()}
+        if self.regime == "converged":
+            arrays["v"] = self._answers(arrays) * (1 + 1e-3 * normal(rng, *arrays["v"].shape))
+        narrow = ("q", "k", "v", "g", "beta") if self.narrow else ("q", "k", "v")
+        arrays = {name: x.astype(dtype if name in narrow else wide) for name, x in arrays.items()}
         if self.cu_seqlens is not None:
             arrays["cu_seqlens"] = np.array(self.cu_seqlens, np.int64)
         return arrays
@@ -140,6 +108,17 @@ class Case:
             state = (self.V, self.K) if self.state_v_first else (self.K, self.V)
             cotangents["dht"] = normal(rng, len(self.sequences), self.HV, *state).astype(wide)
         return cotangents
+
+    def _answers(self, arrays):
+        """What the initial states, fading by the gates alone, answer to every key: [B, T, HV, V]."""
+        k, g, S = (arrays[name].astype(np.float64) for name in ("k", "g", "initial_state"))
+        k = np.repeat(k, self.HV // self.H, axis=2)
+        S = S.swapaxes(-1, -2) if self.state_v_first else S
+        v = arrays["v"].copy()
+        for n, (row, start, end) in enumerate(self.sequences):
+            faded = k[row, start:end] * np.exp(np.cumsum(g[row, start:end], axis=0))
+            v[row, start:end] = np.sum(faded[..., None] * S[n], axis=-2)
+        return v
 
     @property
     def chunks(self):
@@ -178,10 +157,15 @@ class Case:
         if self.lower_bound is not None:
             options |= dict(lower_bound=self.lower_bound, safe_gate=True)
         if self.raw:
-            options |= dict(
-                use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True
-            )
+            options |= dict(use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
+        if self.raw and self.allow_neg_eigval:
+            options["allow_neg_eigval"] = True
         return options
+
+
+def require(holds, case, name, expected, got):
+    if not holds:
+        raise ValueError(f"Case {case!r}: {name}: expected {expected}, got {got!r}")
 
 
 def normal(rng, *shape):
@@ -189,44 +173,71 @@ def normal(rng, *shape):
 
 
 RAGGED = (0, 70, 70, 71, 135, 140, 140, 177, 177)  # and padding behind
+FULL = (0, 70, 71, 135, 140, 150, 151, 177, 192)  # no sequence is empty, and no padding
 ALIGNED = (0, 64, 64, 128, 128, 128, 192, 192, 192)
 SHORT = (0, 1, 3, 6, 23, 39, 56, 60, 69)
 PACKED = dict(B=1, T=192)
+WIDE = dict(B=1, HV=2, K=128, V=128)
 A, A_BIAS = ("A_log",), ("A_log", "dt_bias")
 
+# A static shape is one compilation: cases share them.
 CATALOGUE = {
     case.name: case
     for case in [
         Case("dense", "two whole chunks and a short one; two value heads a key head; states in and out"),
         *(
             Case(regime, why, regime)
-            for regime, why in REGIMES.items()
-            if regime != "logsigmoid"
+            for regime, why in (REGIMES | FURTHER).items()
+            if regime not in ("logsigmoid", "small_keys")
         ),
         Case("large_state", "an initial state of 1000: what is written drowns in it", state=1e3),
+        Case("narrow", "g and beta in the dtype of q", narrow=True),
         Case("no_state", "no states in or out; every token in a whole chunk", T=128, state=None),
         Case("one_token", "T=1: a chunk of one row", B=4, T=1),
+        Case("short", "T=37: less than a chunk", T=37),
         Case("one_over", "the last chunk has one token; one value head a key head", T=65, H=3, HV=3),
         Case("odd", "odd K, V, H and T, three value heads a key head, a scale of its own",
              T=77, H=3, HV=9, K=33, V=7, scale=0.7),
+        *(
+            Case(f"K_{K}", f"K of {K}: no power of two", "uneven", B=1, T=70, H=1, HV=2, K=K)
+            for K in (96, 160, 192)
+        ),
         Case("state_v_first", "states are [V, K], K narrower than V", K=16, V=48, state_v_first=True),
-        Case("chunk_16", "chunks of 16", chunk_size=16),
+        Case("chunk_16", "chunks of 16; K = V: a turned state has the right shape", V=32, chunk_size=16),
         Case("chunk_32", "chunks of 32", chunk_size=32),
-        Case("chunk_128", "chunks of 128", chunk_size=128),
+        Case("chunk_128", "chunks of 128; K = V", V=32, chunk_size=128),
         Case("long", "33 chunks, weak gates: what the state gathers", "weak", B=1, T=2100, H=1, HV=1, V=32),
-        Case("layer", "the head of a Kimi-Linear layer: K = V = 128", B=1, T=200, HV=2, K=128, V=128),
+        Case("layer", "the head of a Kimi-Linear layer, in whole chunks: K = V = 128", T=192, **WIDE),
         Case("packed", "ragged tails, an empty sequence, one token, a last one empty, padding",
              cu_seqlens=RAGGED, **PACKED),
+        Case("packed_full", "ragged tails and one token, no sequence empty, no padding",
+             "uneven", cu_seqlens=FULL, **PACKED),
         Case("packed_aligned", "sequences end where chunks end: the state must not go on",
              "weak", cu_seqlens=ALIGNED, **PACKED),
         Case("packed_short", "eight sequences that one chunk could hold", "weak", cu_seqlens=SHORT, **PACKED),
-        Case("packed_masks", "the masks of training packs", "masks", cu_seqlens=RAGGED, **PACKED),
+        Case("packed_masks", "the masks of training packs", "masks", cu_seqlens=FULL, **PACKED),
         Case("packed_no_state", "packed, no states in or out", state=None, cu_seqlens=RAGGED, **PACKED),
+        Case("packed_state_v_first", "packed, states are [V, K], K = V",
+             "uneven", V=32, state_v_first=True, cu_seqlens=FULL, **PACKED),
+        Case("packed_layer", "packed, whole chunks, K = V = 128", "uneven",
+             T=192, cu_seqlens=(0, 64, 192), **WIDE),
         Case("softplus", "a raw gate, -exp(A_log) softplus(g + dt_bias), packed: not 0 past an end",
              gate=A_BIAS, cu_seqlens=RAGGED, **PACKED),
         Case("softplus_A", "the same without a bias", gate=A),
-        Case("sigmoid", "a raw gate, -5 sigmoid(exp(A_log) (g + dt_bias))", gate=A_BIAS, lower_bound=-5.0),
+        Case("sigmoid", "a raw gate, -5 sigmoid(exp(A_log) (g + dt_bias)), packed: not 0 past an end",
+             gate=A_BIAS, lower_bound=-5.0, cu_seqlens=RAGGED, **PACKED),
+        Case("sigmoid_alone", "-5 sigmoid(g): neither A_log nor dt_bias", lower_bound=-5.0),
         Case("raw", "everything raw: l2norm (zero keys too), gate, 2 sigmoid(beta)", gate=A_BIAS, raw=True),
+        Case("raw_beta", "l2norm and plain sigmoid(beta), g a log decay", raw=True, allow_neg_eigval=False),
+        Case("raw_small_keys", FURTHER["small_keys"], "small_keys", raw=True, allow_neg_eigval=False),
+        Case("packed_raw", "everything raw, the gate with a lower bound, packed", gate=A_BIAS, raw=True,
+             lower_bound=-5.0, cu_seqlens=FULL, **PACKED),
+        Case("causality", "to the bit: no output depends on a later token", bits="causality"),
+        Case("neighbours", "to the bit: no batch row, no head on another", bits="neighbours"),
+        Case("containment", "to the bit: NaN and inf stay in their batch row", bits="containment"),
+        Case("packed_containment", "to the bit: NaN and inf stay in their sequence, and in the padding",
+             bits="containment", cu_seqlens=RAGGED, **PACKED),
+        Case("determinism", "to the bit: the same call twice", bits="determinism"),
     ]
 }  # fmt: skip
 
@@ -234,12 +245,18 @@ CATALOGUE = {
 def select(patterns=None):
     """The cases whose names match: comma-separated shell patterns, "!" before one leaves its matches out.
 
-    None is all; a sequence of `Case`s is itself. Nothing matched is a ValueError.
+    None is all; a `Case` or a sequence of them is itself. Nothing matched is a ValueError.
     """
     if patterns is None:
         return list(CATALOGUE.values())
+    if isinstance(patterns, Case):
+        return [patterns]
     if not isinstance(patterns, str):
-        return list(patterns)
+        cases = list(patterns)
+        for case in cases:
+            if not isinstance(case, Case):
+                raise TypeError(f"cases: expected a pattern, a Case or Cases, got {case!r} among them")
+        return cases
     parts = [part.strip() for part in patterns.split(",")]
     wanted = [part for part in parts if not part.startswith("!")] or ["*"]
     unwanted = [part[1:] for part in parts if part.startswith("!")]

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from .where import OF_CHUNKS, OF_HEADS, OF_SEQUENCES, STATES, start_of
+from .where import OF_CHUNKS, OF_HEADS, OF_SEQUENCES, STATES, not_finite, start_of
 
 MULTIPLE = 2.0  # of the yardstick that a candidate may err by
 SAFE = 5.0  # nats: the strongest gate that kernels sum
@@ -140,14 +140,22 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE, gate_sum=0.
     gate_sum the `largest_sum` of the case's gates, `stored` what the tensor may be rounded to, or dtype.
 
     Returns a dict: rel (Frobenius), max_abs, max_ulp, yardstick (rel of ours), ratio (of the worst block),
-    worst (the position of its largest error), start (where the error starts; "" when it passes), and picture
-    (the error over (token, channel) of the worst's sequence and head, of a state over (K, V); None when it
-    passes).
+    worst (the position of its largest error), start (where the error starts; "" when it passes), not_finite
+    ("NaN in sequences 1, 5, 7", or ""), and picture (the error over (token, channel) of the worst's sequence
+    and head, of a state over (K, V); None when it passes).
     """
     blocks = blocks_of(case, tensor)
     if not blocks:  # no sequence has a token
         return dict(
-            rel=0.0, max_abs=0.0, max_ulp=0, yardstick=0.0, ratio=0.0, worst={}, start="", picture=None
+            rel=0.0,
+            max_abs=0.0,
+            max_ulp=0,
+            yardstick=0.0,
+            ratio=0.0,
+            worst={},
+            start="",
+            not_finite="",
+            picture=None,
         )
     wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     stored = dtype if stored is None else stored
@@ -159,6 +167,7 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE, gate_sum=0.
         rows_of(np.where(judged, np.asarray(y, np.float64), 0), tensor, case.HV) for y in (x, golden, ours)
     )
     error, own = np.abs(x - golden), np.abs(ours - golden)
+    finite = not_finite(blocks, x, golden)
     error = np.where(np.isfinite(error), error, np.inf)
     floor, golden = half_ulp(golden, stored), np.abs(golden)
     inside = [(block.row, slice(block.start, block.stop)) for block in blocks]
@@ -210,6 +219,7 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE, gate_sum=0.
         ratio=ratio,
         worst=worst,
         start=start,
+        not_finite=finite,
         picture=picture,
     )
 

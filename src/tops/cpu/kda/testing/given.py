@@ -12,8 +12,9 @@ from .cases import Case
 from .compare import MULTIPLE
 from .golden import STAGES, judge
 from .gradients import judge_gradients, names
+from .judge import judge_tensors
 from .report import Report
-from .run import FIELDS, judge_tensors
+from .run import FIELDS
 
 ARRAYS = ("initial_state", "A_log", "dt_bias", "cu_seqlens")
 OPTIONS = (

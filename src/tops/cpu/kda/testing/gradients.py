@@ -19,7 +19,7 @@ from .. import (
 from ..activations import Activations, activate
 from ..rounding import storage
 from .compare import SAFE, largest_sum
-from .golden import FAST_COMPILE, Truth, cast, gates
+from .golden import FAST_COMPILE, STAGES, Truth, cast, gates
 
 # In the order in which a backward makes them: what FLA's op for each stage returns.
 MADE_BY = {
@@ -37,7 +37,8 @@ FIELDS = ("g", "Aqk", "Akk", "w", "u", "qg", "kg", "v_new", "h")
 
 
 def stage_of(case, name):
-    return GRADIENTS["dA_log" if name == "dg" and case.is_gate_raw else name]
+    """That of the forward or of the backward which makes a tensor."""
+    return (STAGES | GRADIENTS)["dA_log" if name == "dg" and case.is_gate_raw else name]
 
 
 def names(case, between=False):

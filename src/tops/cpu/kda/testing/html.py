@@ -7,7 +7,6 @@ import io
 import numpy as np
 
 from .cases import CATALOGUE
-from .report import cell
 from .where import STATES
 
 try:
@@ -42,6 +41,7 @@ def render(report):
         "<p class=note>A cell is the error over the yardstick, the error of the reference forward with the "
         "same rounding, in the worst block (one chunk of one sequence and head). "
         f"Up to {report.multiple:g} passes.</p>",
+        f"<p>not judged: {html.escape(', '.join(report.missed))}</p>" if report.missed else "",
         f"<div class=cells>{_table(report, shown)}</div>",
     ]
     if bad:
@@ -57,7 +57,7 @@ def render(report):
 
 def _table(report, shown):
     cells = {(row.case, row.tensor, row.dtype): row for row in report.rows}
-    stages = {row.tensor: row.stage for row in report.rows}
+    stages = {row.tensor: row.stage for row in reversed(report.rows)}
     lines = ["<table><tr><th>case" + "".join(f"<th>{name}<br>{stages[name]}" for name in report.tensors)]
     for case, dtype in dict.fromkeys((row.case, row.dtype) for row in report.rows):
         why = html.escape(CATALOGUE[case].why) if case in CATALOGUE else ""
@@ -67,7 +67,7 @@ def _table(report, shown):
             if row is None:
                 line += "<td>"
                 continue
-            text = cell(row)
+            text = row.cell
             if not row.ok:
                 text = f"<a href='#{case}-{tensor}-{dtype}'>{text}</a>"
             line += f"<td style='background:{_colour(row.ratio, report.multiple)}'>{text}"

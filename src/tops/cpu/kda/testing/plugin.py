@@ -14,6 +14,12 @@ def pytest_addoption(parser):
     )
     group.addoption("--kda-gradients", action="store_true", help="judge its gradients, not its results")
     group.addoption("--kda-adapter", help='words as in "plain,tokens=HBTK", or module:function')
+    for size in ("K", "V", "H", "HV", "chunk-size"):
+        group.addoption(f"--kda-{size}", type=int, metavar="N", help="of all cases")
+    group.addoption("--kda-aligned", action="store_true", help="every sequence in whole chunks, no padding")
+    group.addoption(
+        "--kda-tensors", metavar="NAMES", help="judge these alone; all that is returned by default"
+    )
     group.addoption(
         "--kda-arrays", default="jax", help="what the kernel is given: jax (default), numpy or torch"
     )

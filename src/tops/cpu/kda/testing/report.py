@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .coverage import LEAST
 from .golden import STAGES
 from .gradients import GRADIENTS
+
+BITS = "bits"  # the stage of a check to the bit, behind all others
 
 
 class Row(NamedTuple):
@@ -25,6 +28,7 @@ class Row(NamedTuple):
     worst: dict | None = None  # sequence, token, head, channel, chunk, offset
     ok: bool = False
     start: str = ""  # where the error starts
+    not_finite: str = ""  # which sequences have NaN or inf
     chunk_size: int = 64
     note: str = ""  # what was returned instead of the tensor
     raised: bool = False  # nothing was: the call says nothing of its stages
@@ -38,15 +42,22 @@ class Row(NamedTuple):
         if self.note:
             return text + self.note
         at = ", ".join(f"{name} {x}" for name, x in (self.worst or {}).items())
+        if self.not_finite:
+            return text + f"{self.not_finite}; starts: {self.start}; first worst at {at}"
         text += f"errs {self.ratio:.3g} times the yardstick: rel {self.rel:.1e} (ours {self.yardstick:.1e})"
         text += f", max abs {self.max_abs:.1e}, {self.max_ulp} ulp; worst at {at}"
         return text + (f"; starts: {self.start}" if self.start else "")
 
+    @property
+    def cell(self):
+        """The ratio for a table, "!" before what is off."""
+        return f"{self.ratio:.2f}" if self.ok else "!NaN" if self.not_finite else f"!{self.ratio:.3g}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """`ok` is whether every row is; a report without rows is not. `declined` lists the cases that the
-    candidate raised NotImplementedError on."""
+    """`ok` is whether every row is, and enough of the cases asked for were judged. `declined` lists the cases
+    that the candidate raised NotImplementedError on, `missed` in words what no judged case asks of it."""
 
     candidate: str
     dtype: str
@@ -54,10 +65,22 @@ class Report:
     stages: bool
     rows: list
     declined: list
+    missed: list = dataclasses.field(default_factory=list)
+
+    @property
+    def right(self):
+        """Whether every row is."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def enough(self):
+        """Whether `LEAST` of the cases asked for was judged."""
+        judged = len({row.case for row in self.rows})
+        return judged > 0 and judged >= LEAST * (judged + len(self.declined))
 
     @property
     def ok(self):
-        return bool(self.rows) and all(row.ok for row in self.rows)
+        return self.right and self.enough
 
     @property
     def first_bad_stage(self):
@@ -68,25 +91,49 @@ class Report:
 
     @property
     def verdict(self):
-        bad = [row for row in self.rows if not row.ok]
-        cases = {row.case for row in self.rows}
-        of = f"{len(self.rows)} tensors of {len(cases)} cases in {self.dtype}"
-        if self.ok:
-            text = f"ok: {self.candidate}, {of}, at most {max(row.ratio for row in self.rows):.2f} yardsticks"
-            text += " off"
-        elif not self.rows:
-            text = f"NOT OK: {self.candidate}, no case was run"
-        else:
-            text = (
-                f"NOT OK: {self.candidate}, {len(bad)} of {of} are more than {self.multiple:g} yardsticks off"
-            )
-            off = len({row.case for row in bad})
-            text += f" in {off} case{'s' * (off > 1)}"
-            if self.first_bad_stage:
-                text += f"; the first bad stage is {self.first_bad_stage}"
-            if raised := sum(row.raised for row in self.rows):
-                text += f"; {raised} raised"
-        return text + (f"; declined: {', '.join(self.declined)}" if self.declined else "")
+        parts = [f"{'ok' if self.ok else 'NOT OK'}: {self.candidate}, {self._compared()}", *self._also()]
+        return "; ".join(parts)
+
+    def _compared(self):
+        """What the comparisons with goldens say."""
+        rows = [row for row in self.rows if row.stage != BITS and not row.note]
+        if not rows:
+            return f"no {'tensor was compared' if self.rows else 'case was run'}"
+        of = f"{len(rows)} tensors of {len({row.case for row in rows})} cases in {self.dtype}"
+        bad = [row for row in rows if not row.ok]
+        if not bad:
+            return f"{of}, at most {max(row.ratio for row in rows):.2f} yardsticks off"
+        off = len({row.case for row in bad})
+        text = f"{len(bad)} of {of} are more than {self.multiple:g} yardsticks off"
+        return f"{text} in {off} case{'s' * (off > 1)}"
+
+    def _also(self):
+        """The other parts of the verdict."""
+        stage = self.first_bad_stage
+        if stage not in (None, BITS):
+            yield f"the first bad stage is {stage}"
+
+        def cases(rows):
+            return ", ".join(dict.fromkeys(row.case for row in rows))
+
+        bits = [row for row in self.rows if row.stage == BITS]
+        for what, rows in {
+            "not finite in": [row for row in self.rows if row.not_finite],
+            "missing, or not as it should be, in": [
+                row for row in self.rows if row.note and not row.raised and row.stage != BITS
+            ],
+            "raised in": [row for row in self.rows if row.raised],
+            "not the same to the bit:": [row for row in bits if not row.ok],
+        }.items():
+            if rows:
+                yield f"{what} {cases(rows)}"
+        if bits and all(row.ok for row in bits):
+            yield f"to the bit: {cases(bits)}"
+        if not self.enough:
+            judged = len({row.case for row in self.rows})
+            yield f"{judged} of {judged + len(self.declined)} cases could be judged, less than {LEAST:.0%}"
+        if self.declined:
+            yield f"declined: {', '.join(self.declined)}"
 
     @property
     def tensors(self):
@@ -94,13 +141,15 @@ class Report:
         return [tensor for tensor in (*STAGES, *GRADIENTS) if tensor in seen]
 
     def __str__(self):
-        """The verdict, the ratios of cases by tensors ("!" marks what is off), and what is off in words."""
-        cells = {(row.case, row.tensor): cell(row) for row in self.rows}
+        """The verdict, what was not judged, the ratios of cases by tensors, "!" before what is off, and that
+        in words."""
+        cells = {(row.case, row.tensor): row.cell for row in self.rows}
+        lines = [self.verdict, *[f"not judged: {', '.join(self.missed)}"] * bool(self.missed), ""]
         width = max(12, *(1 + len(name) for name in self.tensors)) if self.rows else 12
-        lines = [self.verdict, "", f"{'':17}" + "".join(f"{name:>{width}}" for name in self.tensors)]
+        lines.append(f"{'':21}" + "".join(f"{name:>{width}}" for name in self.tensors))
         for case in dict.fromkeys(row.case for row in self.rows):
             lines.append(
-                f"{case:17}" + "".join(f"{cells.get((case, name), ''):>{width}}" for name in self.tensors)
+                f"{case:21}" + "".join(f"{cells.get((case, name), ''):>{width}}" for name in self.tensors)
             )
         bad = sorted((row for row in self.rows if not row.ok), key=lambda row: row.stage)
         return "\n".join([*lines, *[""] * bool(bad), *map(str, bad)])
@@ -111,8 +160,3 @@ class Report:
 
         with open(path, "w", encoding="utf-8") as file:
             file.write(render(self))
-
-
-def cell(row):
-    """A ratio for a table."""
-    return f"{row.ratio:.2f}" if row.ok else f"!{row.ratio:.3g}"

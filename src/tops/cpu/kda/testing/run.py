@@ -1,9 +1,7 @@
 """`check`: runs a candidate on the catalogue and judges what it returns."""
 
 import importlib
-import inspect
 from contextlib import nullcontext
-from functools import partial
 
 import jax
 import numpy as np
@@ -11,11 +9,16 @@ import numpy as np
 from .. import checks
 from . import adapters
 from .arrays import KINDS, to_kind, to_numpy
-from .autodiff import gradients_by, gradients_of, is_backward
+from .autodiff import gradients_by, gradients_of
+from .bits import bit_rows
 from .cases import select
-from .compare import MULTIPLE, compare
-from .golden import STAGES, truth
-from .gradients import BETWEEN, OF, gradient_truth, names, stage_of
+from .compare import MULTIPLE
+from .convention import RESULTS, Convention
+from .coverage import missed
+from .fit import fit
+from .golden import truth
+from .gradients import gradient_truth, stage_of
+from .judge import judge_tensors
 from .report import Report, Row
 
 
@@ -26,32 +29,39 @@ def check(
     *,
     stages=None,
     gradients=False,
+    tensors=None,
     adapter=None,
     arrays="jax",
     multiple=MULTIPLE,
     seed=0,
+    name=None,
     progress=None,
+    **dims,
 ):
     """Judges `fn` on every case of the catalogue, tensor by tensor, against float64 goldens.
 
     Args:
-        fn: called as `chunk_kda` or as `chunk_kda_fwd`, with the arrays and options of a case by name; only
-            options that the case is about are given. It returns (o, final_state), or the fields of
-            `ChunkKDAForward` as a tuple or a dict. NotImplementedError declines a case.
-        cases: None for all, a pattern of names as in `select`, or `Case`s.
+        fn: called as `chunk_kda`, `chunk_kda_fwd` or `chunk_kda_bwd`, with the arrays and options of a case
+            by name; only options that the case is about are given. It returns (o, final_state), or the
+            fields of `ChunkKDAForward` as a tuple or a dict; all but o and the final state may be missing.
+            NotImplementedError declines a case. With `chunk_kda_bwd`'s convention, which is one that takes do
+            and dht, it is given what our forward saves, and returns FLA's eight gradients, or a dict of them,
+            in which what `GRADIENTS` has between the stages is judged too.
+        cases: None for all, a pattern of names as in `select`, a `Case` or several.
         dtype: of q, k, v and o: float64, float32, bfloat16 or float16.
         stages: whether fn has `chunk_kda_fwd`'s convention; None: whether it takes `disable_recompute`,
             and `use_qk_l2norm_in_kernel` not.
-        gradients: judge the gradients, for cotangents of o and the final state, and not the results: those
-            of `jax.vjp` of fn, or of torch's autograd. A fn with `chunk_kda_bwd`'s convention, one that takes
-            do and dht, is judged so anyway: it is given what our forward saves, and returns FLA's eight
-            gradients, or a dict of them, in which what `GRADIENTS` has between the stages is judged too.
+        gradients: judge, in place of the results, the gradients for cotangents of o and the final state, by
+            `jax.vjp` of fn or torch's autograd.
+        tensors: names of `STAGES`, or of `GRADIENTS`: these alone are judged, and must be there.
         adapter: for other layouts, a function of (a function of NumPy arrays) to another, or words such as
             "plain,tokens=HBTK"; see `adapters`.
         arrays: what fn is given, "jax", "numpy" or "torch". It may return any.
         multiple: how many yardsticks a tensor may err by; see `compare`.
         seed: of the inputs.
+        name: the candidate's, in the report; None: its module's and its own.
         progress: called with a line of text before each case.
+        dims: K, V, H, HV, chunk_size, aligned: make the cases in the sizes that fn takes, as `fit` does.
 
     Returns:
         A `Report`.
@@ -65,18 +75,14 @@ def check(
         raise TypeError("dtype: expected float64, float32, bfloat16 or float16, got None")
     if arrays not in KINDS:
         raise ValueError(f"arrays: expected one of {', '.join(KINDS)}, got {arrays!r}")
-    backward = is_backward(fn)
-    stages = takes_stages(fn) if stages is None or backward else stages
-    if gradients and not backward and arrays == "numpy":
+    how = Convention.of(fn, stages, gradients)
+    if how.gradients and not how.backward and arrays == "numpy":
         raise ValueError("arrays: expected jax or torch, which differentiate, for gradients, got 'numpy'")
-    if backward:
-        call = adapted(numpy_call(fn, arrays), adapter)
-        judge = partial(check_gradients, gradients_by(call), saved=True)
-    elif gradients:
-        judge = partial(check_gradients, gradients_of(adapted(fn, adapter), arrays), saved=False)
-    else:
-        judge = partial(check_case, adapted(numpy_call(fn, arrays), adapter))
-    cases = takes(select(cases), stages, backward)
+    if tensors is not None and not (tensors and set(tensors) <= set(how.known)):
+        raise ValueError(f"tensors: expected some of {', '.join(how.known)}, got {tensors!r}")
+    call = caller(fn, how, arrays, adapter)
+    asked = [case for case in select(cases) if how.takes(case)]
+    cases = [fit(case, **dims) for case in asked]
     rows, declined = [], []
     for i, case in enumerate(cases):
         if progress is not None:
@@ -84,11 +90,35 @@ def check(
         try:
             # An adapter's own operations are float64 too, whatever x64 is.
             with jax.enable_x64(True) if dtype == np.float64 else nullcontext():
-                rows += judge(case, dtype, stages, multiple, seed)
+                rows += check_case(call, case, dtype, how, multiple, seed, tensors)
         except NotImplementedError:
-            declined.append(case.name)
-    name = f"{getattr(fn, '__module__', '')}.{getattr(fn, '__qualname__', repr(fn))}"
-    return Report(name, dtype.name, multiple, backward or (stages and not gradients), rows, declined)
+            declined.append(case)
+    if name is None:
+        name = f"{getattr(fn, '__module__', '')}.{getattr(fn, '__qualname__', repr(fn))}"
+    found = {row.tensor for row in rows}
+    judged = [case for case in cases if case not in declined]
+    absent = {tensor for case in judged for tensor in how.tensors(case, tensors)} - found
+    words = missed(asked, judged, declined) + [tensor for tensor in how.known if rows and tensor in absent]
+    return Report(name, dtype.name, multiple, how.names_stages, rows, [case.name for case in declined], words)
+
+
+def caller(fn, how, arrays, adapter):
+    """A function of (inputs, options), NumPy arrays by name, to {tensor: NumPy array or None}."""
+    if how.backward:
+        return gradients_by(adapted(numpy_call(fn, arrays), adapter))
+    if how.gradients:
+        return gradients_of(adapted(fn, adapter), arrays)
+    op = adapted(numpy_call(fn, arrays), adapter)
+
+    def call(inputs, options):
+        made = op(**inputs, **options)
+        return (
+            made
+            if isinstance(made, dict)
+            else dict(zip(FIELDS if how.stages else RESULTS, made, strict=False))
+        )
+
+    return call
 
 
 def adapted(call, adapter):
@@ -96,22 +126,6 @@ def adapted(call, adapter):
     if isinstance(adapter, str):
         adapter = adapters.of(adapter)
     return call if adapter is None else adapter(call)
-
-
-def takes_stages(fn):
-    """Whether fn has `chunk_kda_fwd`'s call convention: `chunk_kda` takes that argument too."""
-    if is_backward(fn):
-        return True
-    parameters = inspect.signature(fn).parameters
-    return "disable_recompute" in parameters and "use_qk_l2norm_in_kernel" not in parameters
-
-
-def takes(cases, stages, backward):
-    """Those of the cases that a convention can be given: q, k and beta come raw to chunk_kda alone, and the
-    cumulative sums that chunk_kda_bwd is given hold no gate of -inf."""
-    return [
-        case for case in cases if not (case.raw and stages) and not (case.regime == "resets" and backward)
-    ]
 
 
 def numpy_call(fn, arrays):
@@ -130,77 +144,26 @@ def numpy_call(fn, arrays):
 FIELDS = ("o", "final_state", "g", "Aqk", "Akk", "w", "u", "qg", "kg", "v_new", "h", "initial_state")
 
 
-def check_case(call, case, dtype, stages, multiple=MULTIPLE, seed=0):
+def check_case(call, case, dtype, how, multiple=MULTIPLE, seed=0, tensors=None):
     """The rows of one case."""
-    known = truth(case, dtype, seed)
-    inputs = {name: x.copy() for name, x in known.inputs.items()}
+    names, options = how.tensors(case, tensors), how.options(case)
+    if how.gradients:
+        known = gradient_truth(case, dtype, seed, saved=how.backward)
+    else:
+        known = None if case.bits else truth(case, dtype, seed)
     try:
-        made = call(**inputs, **case.options(stages))
+        if case.bits:
+            return bit_rows(lambda inputs: call(inputs, options), case, dtype, names, seed)
+        made = call({name: x.copy() for name, x in known.inputs.items()}, options)
     except NotImplementedError:
         raise
     except Exception as error:
-        return [raised(case, "o", STAGES["o"], dtype, error)]
-    if not isinstance(made, dict):
-        made = dict(zip(FIELDS if stages else FIELDS[:2], made, strict=False))
-    wanted = [
-        name
-        for name in STAGES
-        if name in known.golden
-        and (stages or name in ("o", "final_state"))
-        and (name != "final_state" or case.state is not None)
-    ]
-    return judge_tensors(case, {name: made.get(name) for name in wanted}, known, dtype, multiple)
-
-
-def check_gradients(call, case, dtype, stages, multiple=MULTIPLE, seed=0, *, saved):
-    """The rows of one case's gradients."""
-    known = gradient_truth(case, dtype, seed, saved)
-    inputs = {name: x.copy() for name, x in known.inputs.items()}
-    try:
-        made = call(inputs, case.options(stages))
-    except NotImplementedError:
-        raise
-    except Exception as error:
-        return [raised(case, "dq", stage_of(case, "dq"), dtype, error)]
-    wanted = [name for name in names(case, saved) if name not in BETWEEN or made.get(name) is not None]
-    return judge_tensors(case, {name: made.get(name) for name in wanted}, known, dtype, multiple)
-
-
-def raised(case, tensor, stage, dtype, error):
-    note = f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return Row(case.name, tensor, stage, dtype.name, note=note, raised=True)
-
-
-def dtypes_of(name, known, dtype):
-    """What a tensor may be stored in: its own dtype first, then what it may also be returned as."""
-    wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-    if name in OF:
-        return [known.inputs[OF[name]].dtype, wide]
-    return [wide] if name in ("g", "final_state") else [dtype] if name == "o" else [dtype, wide]
-
-
-def judge_tensors(case, made, known, dtype, multiple=MULTIPLE):
-    """The rows of {tensor: NumPy array or None}."""
-    shapes = {name: x.shape for name, x in known.golden.items()}
-    rows = []
-    for name, x in made.items():
-        stage = STAGES[name] if name in STAGES else stage_of(case, name)
-        row = Row(case.name, name, stage, dtype.name, chunk_size=case.chunk_size)
-        dtypes = dtypes_of(name, known, dtype)
-        x = None if x is None else case.standard({name: x})[name]
-        if x is None:
-            row = row._replace(note="was not returned")
-        elif x.shape != shapes[name]:
-            row = row._replace(note=f"has the shape {x.shape}, expected {shapes[name]}")
-        elif x.dtype not in dtypes:
-            expected = " or ".join(dict.fromkeys(d.name for d in dtypes))
-            row = row._replace(note=f"is {x.dtype}, expected {expected}")
-        else:
-            known_of = known.golden[name], known.ours[name]
-            found = compare(case, name, x, *known_of, dtype, multiple, known.gate_sum, dtypes[0])
-            row = row._replace(**found, ok=bool(found["ratio"] <= multiple))
-        rows.append(row)
-    return rows
+        note = f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        tensor = "dq" if how.gradients else "o"
+        return [Row(case.name, tensor, stage_of(case, tensor), dtype.name, note=note, raised=True)]
+    required = how.required if tensors is None else tensors
+    names = [name for name in names if name in required or made.get(name) is not None]
+    return judge_tensors(case, {name: made.get(name) for name in names}, known, dtype, multiple)
 
 
 def load(name):

@@ -73,6 +73,20 @@ def _heads(case, bad):
     return text
 
 
+def not_finite(blocks, x, golden):
+    """ "NaN in sequences 1, 5, 7", where x is not finite and the golden is; "" where there is no such."""
+    found = {}
+    for block in blocks:
+        rows = x[block.row, block.start : block.stop]
+        rows = rows[~np.isfinite(rows) & np.isfinite(golden[block.row, block.start : block.stop])]
+        for what, there in (("NaN", np.isnan(rows).any()), ("inf", np.isinf(rows).any())):
+            if there:
+                found.setdefault(what, set()).add(block.sequence)
+    return ", ".join(
+        f"{what} in sequence{'s' * (len(which) > 1)} {_listed(which)}" for what, which in found.items()
+    )
+
+
 def _length(case, sequence):
     _, start, end = case.sequences[sequence]
     return end - start
