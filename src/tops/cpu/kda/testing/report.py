@@ -133,7 +133,8 @@ class Report:
             judged = len({row.case for row in self.rows})
             yield f"{judged} of {judged + len(self.declined)} cases could be judged, less than {LEAST:.0%}"
         if self.declined:
-            yield f"declined: {', '.join(self.declined)}"
+            n = len(self.declined)
+            yield f"declined: {', '.join(self.declined)}" if n <= 5 else f"declined: {n} cases"
 
     @property
     def tensors(self):
