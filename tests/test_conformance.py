@@ -458,6 +458,17 @@ def test_pytest_runs_one_test_a_case_and_tensor(impl, failed, o, final_state, tm
 
 
 @slow
+def test_pytest_fits_the_kernel(tmp_path):
+    options = ["--kda-case", "one_token,odd", "--kda-tensors", "o", "--kda-K", "16", "--kda-V", "16"]
+    run = pytest_kda(tmp_path, "--kda-impl", "tops.cpu.kda:chunk_kda", *options, "--kda-aligned")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.findall(r"test_kda\[(.*?)\] (\w+)", run.stdout)[:2] == [
+        ("one_token-o", "PASSED"),
+        ("odd-o", "PASSED"),
+    ]
+
+
+@slow
 def test_pytest_says_that_it_needs_a_kernel(tmp_path):
     run = pytest_kda(tmp_path)
     assert run.returncode != 0
