@@ -51,6 +51,7 @@ with pytest.MonkeyPatch.context() as patch:
     forward = pytest.importorskip("fla.ops.kda.chunk_fwd")
     delta_h = pytest.importorskip("fla.ops.common.chunk_delta_h")
     backward = pytest.importorskip("fla.ops.kda.chunk_bwd")
+    decode = pytest.importorskip("fla.ops.kda.fused_recurrent")
 
 intra.SOLVE_TRIL_DOT_PRECISION = intra.SAFE_GATE_DOT_PRECISION = triton.language.constexpr("ieee")
 if not CUDA:
