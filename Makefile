@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-distributed test test-all test-oldest fuzz mutants coverage test-fla test-fla-all conformance \
-  bench lint figures clean
+.PHONY: demo demo-distributed test test-all test-fla-suite test-oldest fuzz mutants coverage test-fla \
+  test-fla-all conformance bench lint figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tops.cpu.kda
@@ -20,8 +20,12 @@ test: $(VENV)/.installed
 	$(PYTEST) -m 'not slow and not unoptimized'
 
 test-all: $(VENV)/.installed
-	$(PYTEST) -m unoptimized --unoptimized
-	$(PYTEST) -m 'not unoptimized'
+	$(PYTEST) -m 'unoptimized and not long' --unoptimized
+	$(PYTEST) -m 'not unoptimized and not long'
+
+# Every case of FLA's own suite, the large ones too.
+test-fla-suite: $(VENV)/.installed
+	$(PYTEST) tests/test_fla_suite.py tests/test_fla_suite_tokens.py
 
 # The fast tier on the oldest JAX that pyproject.toml allows.
 OLDEST = $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
@@ -39,7 +43,7 @@ mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py --tier $(TIER)
 
 coverage: $(VENV)/.installed
-	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage run -m pytest -m 'not long'
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

@@ -209,7 +209,7 @@ def judge(mutant, tier, known, cache):
 def first_failure(folder, tests, tier, cache, what):
     """Of those tests, the first that fails and its seconds; None, None if none does."""
     report = Path(folder, "report.xml")
-    chosen = " and not slow" if tier == "fast" else ""
+    chosen = " and not slow" if tier == "fast" else " and not long"
     for passes in (["-m", "unoptimized" + chosen, "--unoptimized"], ["-m", "not unoptimized" + chosen]):
         run = subprocess.run(
             [

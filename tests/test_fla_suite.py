@@ -1,205 +1,242 @@
-"""The cases of FLA's own suite, `tests/ops/test_kda.py`: the same calls, shapes, dtypes and tolerances.
+"""The calls of `chunk_kda` in FLA's own suite: the same shapes, dtypes, options and tolerances.
 
-FLA's tolerance is the error's norm over the norm. The small cases are computed; of the others, which take the
-token recurrence's gradient gigabytes, the calls are traced: nothing is refused, and every result and gradient
-has its shape and dtype.
+`make test-fla-suite` computes every case. CI computes the small ones, and traces the calls of some others:
+nothing is refused, and every result and gradient has its shape and dtype.
 """
-
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from tops.cpu.kda import (
-    chunk_kda,
-    fused_kda_gate,
-    fused_recurrent_kda,
-    naive_chunk_kda,
-    naive_kda_gate,
-    naive_kda_lowerbound_gate,
-    naive_recurrent_kda,
+from fla_suite import (
+    BF16,
+    C32,
+    F16,
+    F32,
+    KEEP,
+    NEGATIVE,
+    RAW,
+    SAFE,
+    UNIT,
+    activated,
+    assert_near,
+    both,
+    cases,
+    drawn,
+    gradients,
+    recurrence,
+    sequences,
+    shapes,
+    unit,
 )
+
+from tops.cpu.kda import chunk_kda, fused_recurrent_kda
 
 pytestmark = [pytest.mark.unoptimized, pytest.mark.slow]
-slow = pytest.mark.slow
-BOUNDS = dict(q=0.008, k=0.008, v=0.008, g=0.02, beta=0.02, initial_state=0.008, A_log=0.003, dt_bias=0.008)
-LENGTHS = ([0, 256, 500, 1000], [0, 100, 300, 1200, 3000, 4096], [0, 15, 100, 300, 1200, 2000])
+
+TURNED = dict(state_v_first=True)
+# B, T, H, HV, D, dtype; how gates are drawn; the options.
+DENSE = [
+    ((1, 63, 1, 1, 64, F16), dict(), dict(scale=1) | SAFE),
+    ((2, 500, 3, 3, 60, F16), dict(), dict(scale=1) | SAFE | KEEP),
+    ((2, 1000, 3, 3, 64, F16), dict(zeros=0.5), dict(scale=0.1) | KEEP),
+    ((3, 1024, 4, 4, 100, F16), dict(by=0.1), dict(scale=1)),
+    ((4, 1024, 4, 4, 128, F16), dict(), dict(scale=0.1) | SAFE | KEEP),
+    ((4, 1024, 4, 4, 128, F16), dict(), dict(scale=0.1) | SAFE | UNIT),
+    ((2, 1500, 4, 4, 128, F16), dict(), dict(scale=0.1) | RAW | KEEP),
+    ((4, 2048, 8, 8, 64, F16), dict(), dict(scale=0.1) | RAW | SAFE | KEEP),
+    ((2, 1024, 2, 4, 64, F16), dict(), dict(scale=0.1)),
+    ((2, 1024, 2, 8, 64, F16), dict(), dict(scale=0.1) | RAW),
+    ((2, 1024, 4, 8, 128, F16), dict(), dict(scale=0.1) | RAW | UNIT),
+    ((2, 160, 2, 4, 64, F16), dict(), dict(scale=0.1) | RAW | SAFE | KEEP | C32),
+    ((2, 1024, 2, 4, 64, BF16), dict(), dict(scale=0.1) | RAW | SAFE | UNIT),
+    ((2, 1024, 2, 4, 64, BF16), dict(), dict(scale=0.1) | RAW),
+    ((2, 160, 2, 4, 64, BF16), dict(), dict(scale=0.1) | RAW | SAFE | KEEP | C32),
+    ((2, 1024, 2, 8, 128, BF16), dict(), dict(scale=0.1) | RAW | UNIT),
+]
 
 
-def arrays(B, T, H, HV, D, dtype, raw_gate=False, N=None, bias=True):
-    """What FLA draws: q, k of unit norm, v and beta in `dtype`, a raw g too, the others in float32."""
-    rng = np.random.default_rng(42)
-
-    def normal(*shape):
-        return rng.standard_normal(shape).astype(np.float32)
-
-    q, k, v = (rng.random(shape, np.float32) for shape in 2 * [(B, T, H, D)] + [(B, T, HV, D)])
-    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    g, beta = normal(B, T, HV, D), 1 / (1 + np.exp(-normal(B, T, HV)))
-    g = g.astype(dtype) if raw_gate else -np.logaddexp(0, -g)
-    made = {name: x.astype(dtype) for name, x in dict(q=q, k=k, v=v, beta=beta).items()} | dict(g=g)
-    made["initial_state"] = normal(N or B, HV, D, D)
-    if raw_gate:
-        made["A_log"] = np.log(rng.uniform(1, 16, (1, 1, HV, 1))).astype(np.float32)
-        made |= dict(dt_bias=normal(HV * D)) if bias else {}
-    return made
+def dense_arguments(sizes, options):
+    return shapes(*sizes, parameters=("A_log", "dt_bias") if "use_gate_in_kernel" in options else None)
 
 
-def gradients(op, given, cotangents):
-    """The results of an op, and the gradients of all that it is given."""
-    results, pull = jax.vjp(lambda given: op(**given), given)
-    return results, pull(tuple(jnp.asarray(d, x.dtype) for d, x in zip(cotangents, results, strict=True)))[0]
+@pytest.mark.parametrize(("sizes", "gates", "options"), cases(DENSE, small=(0, 14)))
+def test_chunk_kda(sizes, gates, options):
+    """o and the final state to 0.005 of the recurrence's, gradients to 0.008, those of g and beta to 0.02."""
+    given = drawn(dense_arguments(sizes, options), **gates)
+    if "safe_gate" in options and "use_gate_in_kernel" not in options:
+        given["g"] = given["g"].clip(-5, 0)
+
+    def reference(q, k, v, g, beta, initial_state, **parameters):
+        g = activated(g, **parameters, lower_bound=options.get("lower_bound")) if parameters else g
+        return recurrence(unit(q), unit(k), v, g, beta, initial_state, options["scale"])
+
+    def op(q, k, **given):
+        q, k = (q, k) if "use_qk_l2norm_in_kernel" in options else (unit(q), unit(k))
+        return chunk_kda(q, k, **given, output_final_state=True, **options)
+
+    bounds = dict(o=0.005, final_state=0.005, g=0.02, beta=0.02, A_log=0.003)
+    assert_near(gradients(op, given), gradients(reference, given), 0.008, **bounds)
 
 
-def recurrence(lower_bound=None, scale=None, ends=None):
-    """FLA's reference: the recurrence of an activated gate, a sequence at a time."""
-
-    def op(q, k, v, g, beta, initial_state, A_log=None, dt_bias=None):
-        if lower_bound is not None and A_log is not None:
-            g = naive_kda_lowerbound_gate(g, A_log, dt_bias, lower_bound)
-        elif A_log is not None:
-            g = naive_kda_gate(g, A_log, dt_bias)
-        if ends is None:
-            return naive_recurrent_kda(q, k, v, g, beta, scale, initial_state, output_final_state=True)
-        made = [
-            naive_recurrent_kda(
-                *(x[:, start:end] for x in (q, k, v, g, beta)),
-                initial_state=initial_state[n],
-                output_final_state=True,
-            )
-            for n, (start, end) in enumerate(itertools.pairwise(ends))
-        ]
-        o, states = zip(*made, strict=True)
-        return jnp.concatenate(o, axis=1), jnp.concatenate(states)
-
-    return op
+# H, D; the part of the gates that is -1000, and where g is the log decay another part is 0; ends; options.
+PACKED = [
+    (4, 60, 0.1, [0, 15], RAW),
+    (4, 64, 0.9, [0, 256, 500, 1000], RAW),
+    (4, 128, 0.5, [0, 256, 500, 1000], dict()),
+    (4, 100, 0.0, [0, 15, 100, 300, 1200, 2000], RAW),
+    (4, 256, 0.0, [0, 100, 300, 1200, 3000, 4096], dict(safe_gate=True) | KEEP),
+    (4, 60, 0.1, [0, 31, 96, 160], RAW | KEEP | C32),
+]
 
 
-# B, T, H, HV, D, dtype, raw gate, ends of the sequences, the other options.
-F16, BF16 = np.dtype(np.float16), np.dtype(jnp.bfloat16)
-SMALL = [
-    (1, 63, 1, 1, 64, F16, False, None, dict(scale=1, safe_gate=True, lower_bound=-5.0)),
-    (2, 160, 2, 4, 64, F16, True, None,
-     dict(scale=0.1, safe_gate=True, lower_bound=-5.0, disable_recompute=True, chunk_size=32)),
-    (2, 160, 2, 4, 64, BF16, True, None,
-     dict(scale=0.1, safe_gate=True, lower_bound=-5.0, disable_recompute=True, chunk_size=32)),
-    (1, 15, 4, 4, 60, F16, True, [0, 15], dict()),
-    (1, 160, 4, 4, 60, F16, True, [0, 31, 96, 160], dict(disable_recompute=True, chunk_size=32)),
-]  # fmt: skip
+def packed_arguments(H, D, ends, options):
+    parameters = ("A_log", "dt_bias") if "use_gate_in_kernel" in options else None
+    return shapes(1, ends[-1], H, H, D, F16, N=len(ends) - 1, parameters=parameters)
 
 
-@pytest.mark.parametrize(
-    ("B", "T", "H", "HV", "D", "dtype", "raw_gate", "ends", "options"),
-    SMALL,
-)
-def test_chunk_kda_against_the_recurrence(B, T, H, HV, D, dtype, raw_gate, ends, options):
-    """o and the final state to 0.005, gradients to 0.008, those of g and beta to 0.02."""
-    given = arrays(B, T, H, HV, D, dtype, raw_gate, N=len(ends) - 1 if ends else None)
-    rng = np.random.default_rng(1)
-    cotangents = [rng.standard_normal(given[name].shape) for name in ("v", "initial_state")]
-    packing = dict(cu_seqlens=np.array(ends), cu_seqlens_cpu=np.array(ends)) if ends else {}
-    options = dict(output_final_state=True, use_gate_in_kernel=raw_gate) | packing | options
-    reference = recurrence(options.get("lower_bound"), options.get("scale"), ends)
-    expected, expected_d = gradients(reference, given, cotangents)
-    made, made_d = gradients(lambda **given: chunk_kda(**given, **options), given, cotangents)
-    for x, y in zip(made, expected, strict=True):
-        assert error(x, y) <= 0.005
-    for name, bound in BOUNDS.items():
-        if name in given:
-            assert error(made_d[name], expected_d[name]) <= bound, name
+def packed_case(H, D, part, ends, options):
+    """The arguments, the call and the reference. A_log is as checkpoints hold it, [1, 1, HV, 1]."""
+    raw = "use_gate_in_kernel" in options
+    gates = dict(resets=part) if raw else dict(zeros=part, resets=part)
+    given = drawn(packed_arguments(H, D, ends, options), normal=("q", "k", "v"), **gates)
+    given["k"] = np.asarray(unit(given["k"]))
+    if "safe_gate" in options:
+        given["g"] = given["g"].clip(-5, 0)
+    if raw:
+        given["A_log"] = np.log(np.random.default_rng(2).uniform(1, 16, (1, 1, H, 1))).astype(F32)
+    packing = dict(cu_seqlens=np.array(ends), cu_seqlens_cpu=np.array(ends))
+
+    def op(q, **given):
+        return chunk_kda(unit(q), **given, output_final_state=True, **packing, **options)
+
+    def reference(q, k, v, g, beta, initial_state, **parameters):
+        g = activated(g, **parameters) if parameters else g
+        return sequences(ends, unit(q), k, v, g, beta, initial_state)
+
+    return given, op, reference
 
 
-def error(x, y):
-    x, y = (np.asarray(a, np.float64) for a in (x, y))
-    return np.linalg.norm(x - y) / np.linalg.norm(y)
+@pytest.mark.parametrize(("H", "D", "part", "ends", "options"), cases(PACKED, small=(5,)))
+def test_packed(H, D, part, ends, options):
+    """o and the final state to 0.005, gradients to 0.007 and 0.008, those of g and beta to 0.015."""
+    given, op, reference = packed_case(H, D, part, ends, options)
+    bounds = dict(o=0.005, final_state=0.005, k=0.008, g=0.015, beta=0.015, A_log=0.008, dt_bias=0.005)
+    assert_near(gradients(op, given), gradients(reference, given), 0.007, **bounds)
 
 
-def traced(op, given, **options):
-    """o and the final state, h too where asked for; each gradient has the shape and dtype of its array."""
-
-    def call(given):
-        results, pull = jax.vjp(lambda given: op(**given, **options), given)
-        return results, pull(results)[0]
-
-    results, made = jax.eval_shape(call, given)
-    assert {name: (x.shape, x.dtype) for name, x in made.items()} == {
-        name: (x.shape, x.dtype) for name, x in given.items()
-    }
-    (o, final_state, *rest), v, state = results, given["v"], given["initial_state"]
-    assert (o.shape, o.dtype) == (v.shape, v.dtype)
-    assert (final_state.shape, final_state.dtype) == (state.shape, np.float32)
-    return rest
+PREFILL = [(4, 60, 0.1, [0, 8192], RAW), *PACKED[1:5]]
 
 
-@pytest.mark.parametrize("op", [naive_recurrent_kda, naive_chunk_kda, fused_recurrent_kda])
-@pytest.mark.parametrize("sizes", [(4, 1024, 4, 4, 128), (2, 512, 2, 4, 60)])
-def test_calls_of_the_recurrences(op, sizes):
-    given = arrays(*sizes, np.float32)
-    traced(op, given, scale=1, output_final_state=True)
-    if op is not fused_recurrent_kda:
-        return
-    traced(op, given, scale=None, use_qk_l2norm_in_kernel=True, output_final_state=True)
-    raw = dict(use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True)
-    traced(op, given, output_final_state=True, state_v_first=True, **raw)  # D by D: either layout
-    given = arrays(*sizes, np.float16, raw_gate=True)
-    traced(op, given, output_final_state=True, use_gate_in_kernel=True, lower_bound=-5.0)
+@pytest.mark.parametrize(("H", "D", "part", "ends", "options"), cases(PREFILL))
+def test_prefill(H, D, part, ends, options):
+    """The same without gradients."""
+    given, op, reference = packed_case(H, D, part, ends, options)
+    made, expected = (jax.jit(f)(**given) for f in (op, reference))
+    assert_near(both(made), both(expected), 0.005)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "dtype", "raw_gate", "options"),
-    [
-        ((2, 500, 3, 3, 60), F16, False, dict(safe_gate=True, lower_bound=-5.0, disable_recompute=True)),
-        pytest.param((3, 1024, 4, 4, 100), F16, False, dict(), marks=slow),
-        pytest.param((4, 1024, 4, 4, 128), F16, False, dict(use_qk_l2norm_in_kernel=True), marks=slow),
-        pytest.param((2, 1500, 4, 4, 128), F16, True, dict(disable_recompute=True), marks=slow),
-        ((2, 1024, 2, 8, 128), BF16, True, dict(use_qk_l2norm_in_kernel=True, chunk_size=64)),
-        pytest.param((4, 2048, 8, 8, 64), F16, True, dict(safe_gate=True, lower_bound=-5.0), marks=slow),
-        pytest.param((4, 2048, 8, 8, 64), F16, False, dict(state_v_first=True), marks=slow),
-        ((1, 8192, 96, 96, 128), BF16, False, dict(use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True)),
-    ],
-)
-def test_calls_of_chunk_kda(sizes, dtype, raw_gate, options):
-    given = arrays(*sizes, dtype, raw_gate) if sizes[1] < 8192 else shapes(*sizes, dtype)
-    traced(chunk_kda, given, scale=0.1, output_final_state=True, use_gate_in_kernel=raw_gate, **options)
+V_FIRST = [(1, 63, 1, 64), (2, 500, 3, 60), (3, 1024, 4, 128), (4, 2048, 8, 64)]
 
 
-def shapes(B, T, H, HV, D, dtype):
-    """`arrays` that hold nothing; beta in float32 beside q of 16 bits."""
-    sizes = dict(q=(B, T, H, D), k=(B, T, H, D), v=(B, T, HV, D))
-    made = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in sizes.items()}
-    wide = dict(g=(B, T, HV, D), beta=(B, T, HV), initial_state=(B, HV, D, D))
-    return made | {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in wide.items()}
+@pytest.mark.parametrize(("B", "T", "H", "D"), cases(V_FIRST))
+def test_chunk_kda_with_states_of_the_other_layout(B, T, H, D):
+    """Results and gradients to 1e-4 of those with states [K, V]."""
+    given = drawn(shapes(B, T, H, H, D, F16))
+    options = dict(scale=1 if T < 1024 else 0.1, output_final_state=True)
+
+    def op(q, k, **given):
+        return chunk_kda(unit(q), unit(k), **given, **options)
+
+    def turned(initial_state, **given):
+        o, state = op(**given, initial_state=initial_state.mT, state_v_first=True)
+        return o, state.mT
+
+    assert_near(gradients(turned, given), gradients(op, given), 1e-4)
 
 
-@pytest.mark.parametrize("ends", [LENGTHS[2], *(pytest.param(ends, marks=slow) for ends in LENGTHS[:2])])
-def test_calls_of_packed_sequences(ends):
-    N, T, packing = len(ends) - 1, ends[-1], dict(cu_seqlens=np.array(ends), cu_seqlens_cpu=np.array(ends))
-    given = arrays(1, T, 4, 4, 64, F16, raw_gate=True, N=N)
-    traced(chunk_kda, given, output_final_state=True, use_gate_in_kernel=True, **packing)
-    given = arrays(1, T, 4, 4, 64, F16, N=N)
-    traced(chunk_kda, given, output_final_state=True, safe_gate=True, disable_recompute=True, **packing)
+RAW_BETA = [(1, 8192, 96, 128, BF16, 1), (1, 8192, 96, 128, BF16, 2), (2, 96, 2, 64, F16, 2)]
+
+
+@pytest.mark.parametrize(("B", "T", "H", "D", "dtype", "factor"), cases(RAW_BETA))
+def test_chunk_kda_with_a_raw_beta(B, T, H, D, dtype, factor):
+    """Results and gradients to 1e-4 of those with its sigmoid in float32, or twice that."""
+    given = drawn(shapes(B, T, H, H, D, dtype))
+    given["beta"] = np.log(given["beta"] / (1 - given["beta"]))
+    options = NEGATIVE if factor == 2 else dict(use_beta_sigmoid_in_kernel=True)
+
+    def op(q, k, **given):
+        return chunk_kda(unit(q), unit(k), **given, output_final_state=True)
+
+    def first(beta, **given):
+        return op(**given, beta=factor * jax.nn.sigmoid(jnp.asarray(beta, jnp.float32)))
+
+    assert_near(gradients(lambda **given: op(**given, **options), given), gradients(first, given), 1e-4)
+
+
+FLASH = dict(use_beta_sigmoid_in_kernel=True) | TURNED | UNIT | RAW | SAFE
+BOTH = ("A_log", "dt_bias")
+# B, H; the ends of the sequences, or T; the gate's parameters; the factor of beta's sigmoid.
+CUTLASS = [
+    (1, 4, 1024, BOTH, 1),
+    (2, 8, 2048, BOTH, 1),
+    (1, 16, 4096, BOTH, 1),
+    (1, 4, 1024, BOTH, 2),
+    (1, 4, 1024, ("dt_bias",), 1),
+    (1, 4, 1024, ("A_log",), 1),
+    (1, 4, [0, 256, 500, 1000], BOTH, 1),
+    (1, 8, [0, 100, 300, 1200, 2000], BOTH, 1),
+    (1, 16, [0, 101, 303, 1205, 3007, 4096], BOTH, 1),
+    (1, 4, [0, 256, 500, 1000], BOTH, 2),
+    (1, 4, [0, 256, 500, 1000], ("dt_bias",), 1),
+    (1, 4, [0, 256, 500, 1000], ("A_log",), 1),
+]
+
+
+@pytest.mark.parametrize(("B", "H", "ends", "parameters", "factor"), cases(CUTLASS))
+def test_what_flash_kda_computes(B, H, ends, parameters, factor):
+    """All that raw inputs can ask for, in bfloat16, to 0.006 of the token op in float64."""
+    packing = dict(cu_seqlens=np.array(ends)) if isinstance(ends, list) else dict()
+    N, T = (len(ends) - 1, ends[-1]) if packing else (B, ends)
+    sizes = shapes(B, T, H, H, 128, BF16, N=N, parameters=BOTH)
+    given = drawn(sizes, normal=("q", "k", "v") if packing else ())
+    given["beta"] = np.random.default_rng(2).standard_normal(given["beta"].shape).astype(BF16)
+    given = {name: x for name, x in given.items() if name in parameters or name not in BOTH}
+    options = FLASH | dict(allow_neg_eigval=factor == 2, output_final_state=True) | packing
+    made = jax.jit(lambda given: chunk_kda(**given, **options))(given)
+    wide = {name: x.astype(np.float64) for name, x in given.items()}
+    assert_near(both(made), both(fused_recurrent_kda(**wide, **options)), 0.006)
 
 
 @pytest.mark.parametrize("packing", [dict(), dict(cu_seqlens=np.array([0, 512, 1024]))])
 def test_intermediate_states_have_the_dtype_of_k(packing):
-    given = arrays(1, 1024, 4, 4, 128, BF16, N=len(packing.get("cu_seqlens", [0, 1])) - 1)
-    (h,) = traced(chunk_kda, given, output_final_state=True, return_intermediate_states=True, **packing)
-    assert (h.shape, h.dtype) == ((1, 16, 4, 128, 128), BF16)
+    """[B, NT, HV, D, D], dense and packed."""
+    given = shapes(1 if packing else 2, 1024, 4, 4, 128, BF16, N=2)
+    options = dict(output_final_state=True, return_intermediate_states=True) | packing
+    o, state, h = jax.eval_shape(lambda given: chunk_kda(**given, **options), given)
+    assert (o.shape, state.shape) == (given["v"].shape, given["initial_state"].shape)
+    assert (h.shape, h.dtype) == ((given["q"].shape[0], 16, 4, 128, 128), BF16)
 
 
-@pytest.mark.parametrize(("bias", "lower_bound"), [(False, -5.0), (True, None)])
-@pytest.mark.parametrize("sizes", [(1, 2, 2, 2, 12), (2, 64, 4, 4, 32)])
-def test_gates(sizes, bias, lower_bound):
-    """The fused gate and the naive one, and their gradients: to 1e-4."""
-    made = arrays(*sizes, np.float32, raw_gate=True, bias=bias)
-    given = {name: made[name] for name in ("g", "A_log", "dt_bias") if name in made}
-    options = {} if lower_bound is None else dict(lower_bound=lower_bound)
-    naive = naive_kda_gate if lower_bound is None else naive_kda_lowerbound_gate
-    pairs = [
-        gradients(lambda op=op, **given: (op(**given, **options),), given, [10 * given["g"]])
-        for op in (fused_kda_gate, naive)
-    ]
-    for x, y in zip(*map(jax.tree.leaves, pairs), strict=True):
-        assert error(x, y) <= 1e-4
+TRACED = [(dense_arguments(sizes, options), options) for sizes, _, options in (DENSE[1], DENSE[6], DENSE[12])]
+TRACED += [
+    (packed_arguments(H, D, ends, options), options | dict(cu_seqlens=np.array(ends)))
+    for H, D, _, ends, options in PACKED[2:5]
+]
+TRACED += [(shapes(1, 8192, 96, 96, 128, BF16), NEGATIVE), (shapes(4, 2048, 8, 8, 64, F16), TURNED)]
+
+
+@pytest.mark.parametrize(("given", "options"), TRACED)
+def test_the_call_is_taken(given, options):
+    """Every result and gradient has the shape and dtype of its array; the final state is in float32."""
+
+    def call(given):
+        results, pull = jax.vjp(lambda given: chunk_kda(**given, **options, output_final_state=True), given)
+        return results, pull(results)[0]
+
+    (o, state), made = jax.eval_shape(call, given)
+    made |= dict(o=o, final_state=state)
+    expected = given | dict(o=given["v"], final_state=given["initial_state"])
+    assert {name: (x.shape, x.dtype) for name, x in made.items()} == {
+        name: (x.shape, x.dtype) for name, x in expected.items()
+    }
