@@ -117,7 +117,8 @@ def test_the_chain_is_chunk_kda_bwd():
     """With what the forward saved bit for bit, but dg, which the chain sums from the cotangent of the sums;
     with all made again to rounding, as the forward makes v_new in another order."""
     inputs, states, cotangents, packing = case(packed=True)
-    options = packing | dict(initial_state=states)
+    options = packing | dict(initial_state=turned(states, True), state_v_first=True, chunk_size=64, scale=0.7)
+    cotangents = cotangents[0], turned(cotangents[1], True)
     fields = chunk_kda_fwd(*inputs, **options, disable_recompute=True)
     by_hand = chain(inputs, fields, cotangents, **options)
     by_hand |= {

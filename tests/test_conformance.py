@@ -433,15 +433,15 @@ def pytest_kda(directory, *options):
 
 
 @pytest.mark.parametrize(
-    ("impl", "failed", "o", "final_state"),
+    ("impl", "cases", "failed", "o", "final_state"),
     [
-        pytest.param("tops.cpu.kda:chunk_kda", 0, "PASSED", "PASSED", marks=slow),
-        ("candidate:wrong", 1, "FAILED", "PASSED"),
-        pytest.param("candidate:declines_one_token", 0, "SKIPPED", "SKIPPED", marks=slow),
-        pytest.param("candidate:declines", 1, "FAILED", "FAILED", marks=slow),
+        pytest.param("tops.cpu.kda:chunk_kda", "one_token,dense", 0, "PASSED", "PASSED", marks=slow),
+        ("candidate:wrong", "one_token", 1, "FAILED", "PASSED"),
+        pytest.param("candidate:declines_one_token", "one_token,dense", 0, "SKIPPED", "SKIPPED", marks=slow),
+        pytest.param("candidate:declines", "one_token,dense", 1, "FAILED", "FAILED", marks=slow),
     ],
 )
-def test_pytest_runs_one_test_a_case_and_tensor(impl, failed, o, final_state, tmp_path):
+def test_pytest_runs_one_test_a_case_and_tensor(impl, cases, failed, o, final_state, tmp_path):
     (tmp_path / "candidate.py").write_text(
         "from tops.cpu.kda import chunk_kda\n\n\ndef wrong(**inputs):\n"
         "    o, final_state = chunk_kda(**inputs)\n    return o.at[0, -1].set(0), final_state\n\n\n"
@@ -449,7 +449,7 @@ def test_pytest_runs_one_test_a_case_and_tensor(impl, failed, o, final_state, tm
         "def declines_one_token(**inputs):\n"
         "    return chunk_kda(**inputs) if inputs['q'].shape[1] > 1 else declines()\n"
     )
-    run = pytest_kda(tmp_path, "--kda-impl", impl, "--kda-case", "one_token,dense")
+    run = pytest_kda(tmp_path, "--kda-impl", impl, "--kda-case", cases)
     assert run.returncode == failed, run.stdout + run.stderr
     assert re.findall(r"test_kda\[one_token-(\w+)\] (\w+)", run.stdout)[:2] == [
         ("final_state", final_state),

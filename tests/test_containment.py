@@ -148,7 +148,14 @@ def without(field, x, n):
     return x
 
 
-@pytest.mark.parametrize(("name", "argument"), [(name, x) for name in INPUTS for x in INPUTS[name]])
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        pytest.param(name, x, marks=[pytest.mark.slow] if name == "naive_chunk_kda" and x != "k" else [])
+        for name in INPUTS
+        for x in INPUTS[name]
+    ],
+)
 def test_in_its_sequence(name, argument):
     call, arrays, expected = clean(name)
     for n in range(N):

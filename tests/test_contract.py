@@ -92,7 +92,7 @@ def test_none_where_fla_returns_none(disable_recompute, return_intermediate_stat
     [
         pytest.param(np.float32, False, True, False, marks=pytest.mark.slow),
         (np.float32, True, True, True),
-        (np.float64, True, False, False),
+        pytest.param(np.float64, True, False, False, marks=pytest.mark.slow),
     ],
 )
 def test_stages_chained_by_hand(dtype, packed, use_exp2, state_v_first):
@@ -147,13 +147,16 @@ def test_a_beta_of_16_bits_rounds_its_product_with_k():
 def test_optional_results_of_the_stages():
     inputs, _ = case()
     q, k, v, _, beta = inputs
-    gk = chunk_local_cumsum(inputs[3], 64, output_dtype=np.float64)
-    w, u, qg, kg, _, Akk = chunk_kda_fwd_intra(q, k, v, gk, beta, use_exp2=False)
-    assert qg is None
-    assert recompute_w_u_fwd(k, v, beta, Akk, gk=gk, use_exp2=False)[2] is None
-    _, v_new, final_state = chunk_gated_delta_rule_fwd_h(kg, w, u, gk=gk, save_new_value=False)
-    assert v_new is None
-    assert final_state is None
+
+    def stages(gk):
+        w, u, qg, kg, _, Akk = chunk_kda_fwd_intra(q, k, v, gk, beta, use_exp2=False)
+        assert qg is None
+        assert recompute_w_u_fwd(k, v, beta, Akk, gk=gk, use_exp2=False)[2] is None
+        _, v_new, final_state = chunk_gated_delta_rule_fwd_h(kg, w, u, gk=gk, save_new_value=False)
+        assert v_new is None
+        assert final_state is None
+
+    jax.eval_shape(stages, inputs[3])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -267,6 +270,7 @@ def test_in_kernel_activations_equal_activating_first(op, neg, gate):
         assert relative_error(x, np.asarray(y, np.float64)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_chunk_kda_returns_the_states_too():
     inputs, options = case(packed=True)
     fields = chunk_kda_fwd(*inputs, **options, return_intermediate_states=True)

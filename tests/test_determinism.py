@@ -53,6 +53,7 @@ def xla_threads():
     return sum(name.startswith("tf_XLAEigen") for name in names)
 
 
+@pytest.mark.slow
 def test_again():
     assert bits() == bits()
 

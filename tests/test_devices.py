@@ -46,9 +46,11 @@ def test_processes_give_the_bits_of_devices():
 
 
 @pytest.mark.unoptimized
-@pytest.mark.parametrize("packed", [False, True])
-def test_one_device_is_a_mesh_too(packed):
-    """What it computes is `chunk_kda`'s, packed with its gradients: the fast tier's word for the eight."""
+@pytest.mark.parametrize(
+    ("packed", "gradients"), [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
+)
+def test_one_device_is_a_mesh_too(packed, gradients):
+    """What it computes is `chunk_kda`'s: the fast tier's word for the eight."""
     x = draw(T=70, H=1, HV=2, K=8, V=4, dtype=np.float64)
     options = dict(cu_seqlens=np.array([0, 33, 70]) if packed else None, chunk_size=32)
     mesh = Mesh(np.array(jax.devices()[:1]), ("time",))
@@ -58,7 +60,7 @@ def test_one_device_is_a_mesh_too(packed):
         def results(*x):
             return op(*x, **options, output_final_state=True)
 
-        if not packed:
+        if not gradients:
             return results(*x)
         made, pull = jax.vjp(results, *x)
         return made, pull(made)

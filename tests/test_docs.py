@@ -46,6 +46,7 @@ def test_what_is_public_is_on_a_page():
     assert set(tops.cpu.kda.__all__) | {"check", "Report"} <= names
 
 
+@pytest.mark.slow
 def test_conformance_walk_finds_the_fault():
     """The broken kernel passes a hand-picked tolerance and two cases, and its state is off in the third."""
     names = {"__name__": "broken"}

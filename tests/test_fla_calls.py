@@ -134,7 +134,14 @@ def test_states_of_chunk_kda_are_as_k():
     assert h(storage_dtype=np.float16)[2].dtype == np.float16
 
 
-@pytest.mark.parametrize("op", [*FORWARD, *OUTPUT])
+@pytest.mark.parametrize(
+    "op",
+    [
+        *OUTPUT,
+        kda.fused_recurrent_kda,
+        *(pytest.param(op, marks=pytest.mark.slow) for op in (kda.chunk_kda, kda.chunk_kda_fwd)),
+    ],
+)
 def test_output_dtype(op):
     """float32 is what float16 rounds, and finite where it overflows."""
     given = ARRAYS[op] | dict(scale=1e5)

@@ -13,6 +13,8 @@ import pytest
 
 import tops.cpu.kda
 
+pytestmark = pytest.mark.unoptimized
+
 
 def kit(function):
     return ["--pyargs", "tops.cpu.kda.testing", "--kda-impl", function, "--kda-case", "one_token"]

@@ -26,6 +26,7 @@ FEW = [s for s in SIGNATURES if s.T in (97, 101, 90, 99)]
 PACKED = [s for s in SIGNATURES if s.T == 70 and s.N]
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize(("check", "signatures"), [(against_the_oracle, FEW), (every_field, PACKED)])
 def test_holds_for_a_few_signatures(check, signatures):
     settings(BUDGET, max_examples=16)(given(case=cases(signatures))(check))()
