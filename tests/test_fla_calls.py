@@ -62,6 +62,12 @@ FORMS = [
     ("max_num_seqs", dict(max_num_seqs=9), {}, {kda.chunk_kda}),
     ("graph", PACKED | dict(use_graph=True, max_num_seqs=3), PACKED, {kda.chunk_kda}),
     ("use_graph", PACKED | dict(use_graph=True), PACKED, {kda.chunk_kda_fwd, *STAGES}),
+    (
+        "padded",
+        PACKED | dict(use_graph=True, chunk_indices=np.array([[0, 0], [2, 0], [-1, 0]])),
+        PACKED,
+        {kda.chunk_kda_fwd, kda.chunk_kda_fwd_intra, kda.recompute_w_u_fwd},
+    ),
     ("copy", PACKED | dict(cu_seqlens_cpu=ENDS.astype(np.int32)), PACKED, COPIED),
     (
         "offsets",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .chunking import concrete, max_num_chunks, prepare_chunk_indices
+from .chunking import concrete, prepare_chunk_indices
 
 CHUNK_SIZES = (16, 32, 64, 128)
 FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -193,21 +193,23 @@ def chunks(chunk_size, cu_seqlens, chunk_indices, T):
 
 
 def chunk_list(chunk_size, cu_seqlens, chunk_indices, T):
-    """`chunk_indices [NT, 2]` lists the chunks of cu_seqlens, or is None."""
+    """`chunk_indices [NT, 2]` lists the chunks of cu_seqlens, or is None. Rows (-1, 0) may follow, as in FLA
+    with `use_graph`, up to the number that FLA allots."""
     if chunk_indices is None:
         return
     require(cu_seqlens is not None, "chunk_indices", "None without cu_seqlens", describe(chunk_indices))
     integers("chunk_indices", chunk_indices)
     pairs = chunk_indices.ndim == 2 and chunk_indices.shape[1] == 2
     require(pairs, "chunk_indices", "a shape [NT, 2]", chunk_indices.shape)
-    NT, most = chunk_indices.shape[0], max_num_chunks(T, cu_seqlens.shape[0] - 1, chunk_size)
+    NT, most = chunk_indices.shape[0], -(-T // chunk_size) + cu_seqlens.shape[0] - 2
     require(most >= NT, "chunk_indices", f"[NT, 2] with NT of at most {most}", chunk_indices.shape)
     if concrete(cu_seqlens):
         exact = prepare_chunk_indices(cu_seqlens, chunk_size)
         expected = f"the {len(exact)} chunks of cu_seqlens (prepare_chunk_indices(cu_seqlens, {chunk_size}))"
-        require(len(exact) == NT, "chunk_indices", expected, f"{NT}")
+        require(len(exact) <= NT, "chunk_indices", expected, f"{NT}")
         if concrete(chunk_indices):
-            same = np.array_equal(exact, np.asarray(chunk_indices))
+            padding = np.tile([-1, 0], (NT - len(exact), 1))
+            same = np.array_equal(np.concatenate([exact, padding]), np.asarray(chunk_indices))
             require(same, "chunk_indices", expected, f"{NT} chunks that differ")
 
 

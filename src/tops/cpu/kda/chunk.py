@@ -69,7 +69,7 @@ def chunk_kda(
         use_graph, max_num_seqs: accepted for FLA's sake and held to its rules, N = max_num_seqs with
             `use_graph`; without effect: under `jit` one program serves every cu_seqlens.
         chunk_indices: int32 or int64 [NT, 2] of `prepare_chunk_indices`; makes the number of chunks exact
-            under `jit`, where it is (T + N * (C - 1)) // C otherwise.
+            under `jit`, where it is (T + N * (C - 1)) // C otherwise. Rows (-1, 0) of no chunk may follow.
         chunk_size: C, one of 16, 32, 64, 128.
         A_log: [HV] or [1, 1, HV, 1], for the gate; may be None beside `lower_bound`.
         dt_bias: [HV * K] or [HV, K] or None, for the gate. Neither is read without `use_gate_in_kernel`.

@@ -79,7 +79,7 @@ def chunk_kda_fwd(
         cu_seqlens_cpu: the same values; where those of cu_seqlens are traced and these are known, h has
             exactly as many chunks as they make.
         chunk_indices: int32 or int64 [NT, 2] of `prepare_chunk_indices`; makes NT exact under `jit`, where it
-            is (T + N * (C - 1)) // C otherwise.
+            is (T + N * (C - 1)) // C otherwise. Rows (-1, 0) of no chunk may follow; h is zero there.
         chunk_size: C, one of 16, 32, 64, 128.
         safe_gate: accepted for FLA's sake and held to its rules; this forward is safe for all gates.
         lower_bound: with `use_gate_in_kernel`, g <- lower_bound * sigmoid(exp(A_log) (g + dt_bias)).

@@ -38,8 +38,8 @@ def num_chunks(T, cu_seqlens, chunk_indices, C):
 
 
 def exact_num_chunks(T, cu_seqlens, chunk_indices, C):
-    """The same, but exact also where the values of cu_seqlens are known."""
-    if cu_seqlens is None or not concrete(cu_seqlens):
+    """The same, but exact also where the values of cu_seqlens are known and no list is given."""
+    if cu_seqlens is None or chunk_indices is not None or not concrete(cu_seqlens):
         return num_chunks(T, cu_seqlens, chunk_indices, C)
     return len(prepare_chunk_indices(cu_seqlens, C))
 
