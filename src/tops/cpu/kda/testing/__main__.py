@@ -9,6 +9,7 @@ from .cases import select
 from .compare import MULTIPLE
 from .files import check_files, export
 from .run import check, load
+from .tiers import PRODUCTS
 
 SIZES = ("K", "V", "H", "HV", "chunk_size")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -67,6 +68,8 @@ def parse(argv):
             "--case", metavar="PATTERN", help='as in "packed*,gva" or "!masks,!resets"; all by default'
         )
     for sub in (one, two):
+        sub.add_argument("--products", choices=PRODUCTS, help="what products of float32 matrices round to")
+        sub.add_argument("--state-dtype", choices=("bfloat16", "float16"), help="of the state it carries")
         sub.add_argument("--multiple", type=float, default=MULTIPLE, help="of the yardstick that passes")
         sub.add_argument("--html", metavar="PATH", help="write the report there, with pictures")
     return parser.parse_args(argv)
@@ -78,15 +81,21 @@ def adapter(name):
 
 
 def run_check(args):
-    options = dict(adapter=adapter(args.adapter), arrays=args.arrays, multiple=args.multiple)
+    options = judging(args) | dict(adapter=adapter(args.adapter), arrays=args.arrays)
     options |= dict(gradients=args.gradients)
     options |= dict(stages=args.stages, tensors=args.tensors and args.tensors.split(","), name=args.name)
     options |= {size: getattr(args, size) for size in (*SIZES, "aligned")}
-    return show(check(load(args.function), args.case, args.dtype, **options, progress=say), args.html)
+    return show(check(load(args.function), args.case, args.dtype, **options), args.html)
 
 
 def run_check_files(args):
-    return show(check_files(args.golden, args.candidate, args.multiple, progress=say), args.html)
+    return show(check_files(args.golden, args.candidate, **judging(args)), args.html)
+
+
+def judging(args):
+    """What `check` and `check_files` both take."""
+    options = dict(multiple=args.multiple, products=args.products, state_dtype=args.state_dtype)
+    return options | dict(progress=say)
 
 
 def run_export(args):

@@ -25,6 +25,7 @@ from .golden import STAGES, judge, truth
 from .gradients import GRADIENTS, gradient_truth, judge_gradients, names
 from .judge import dtypes_of, judge_tensors
 from .report import Report, Row
+from .tiers import Tier
 
 
 def export(directory, cases, dtypes, seed=0, gradients=False, progress=None):
@@ -62,9 +63,10 @@ def export(directory, cases, dtypes, seed=0, gradients=False, progress=None):
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def check_files(directory, candidates, multiple=MULTIPLE, progress=None):
+def check_files(directory, candidates, multiple=MULTIPLE, progress=None, *, products=None, state_dtype=None):
     """A `Report` on the files that a kernel wrote: every file of the manifest must be there, with `o` and
-    `final_state`; of the other tensors those that it holds are judged."""
+    `final_state`; of the other tensors those that it holds are judged. `products` and `state_dtype` are as
+    for `check`."""
     directory, candidates = Path(directory), Path(candidates)
     manifest = json.loads((directory / "manifest.json").read_text())
     found = manifest["versions"]["catalogue"]
@@ -77,6 +79,9 @@ def check_files(directory, candidates, multiple=MULTIPLE, progress=None):
         if _sha256(directory / name) != entry["sha256"]:
             raise ValueError(f"{directory / name}: expected the sha256 of the manifest, got another")
         case, dtype = CATALOGUE[entry["case"]], jnp.dtype(entry["dtype"])
+        tier = Tier.of(products, state_dtype, dtype)
+        if not tier.judges(case):
+            continue
         if not (candidates / name).exists():
             rows.append(
                 Row(case.name, "o", STAGES["o"], dtype.name, note=f"{candidates / name} is not there")
@@ -86,16 +91,17 @@ def check_files(directory, candidates, multiple=MULTIPLE, progress=None):
         inputs = {key.removeprefix("input."): x for key, x in arrays.items() if key.startswith("input.")}
         golden = {key.removeprefix("golden."): x for key, x in arrays.items() if key.startswith("golden.")}
         forward = {key: x for key, x in inputs.items() if key not in ("do", "dht")}
-        known = judge(case, forward, dtype)._replace(inputs=inputs, golden=golden)
+        known = judge(case, forward, dtype, tier)._replace(inputs=inputs, golden=golden)
         required = ["o"] if case.state is None else ["o", "final_state"]
         if "do" in inputs:
-            known.ours.update(judge_gradients(case, inputs, dtype).ours)
+            known.ours.update(judge_gradients(case, inputs, dtype, tier=tier).ours)
             required += names(case)
         made = _load(candidates / name, {})
         made = {key: x.view(jnp.bfloat16) if x.dtype == np.uint16 else x for key, x in made.items()}
         tensors = [tensor for tensor in golden if tensor in made or tensor in required]
         rows += judge_tensors(case, {tensor: made.get(tensor) for tensor in tensors}, known, dtype, multiple)
     dtypes = ", ".join(dict.fromkeys(entry["dtype"] for entry in manifest["files"].values()))
+    dtypes += str(Tier.of(products, state_dtype, None))
     stages = any(row.tensor not in ("o", "final_state", *GRADIENTS) for row in rows)
     return Report(str(candidates), dtypes, multiple, stages, rows, [])
 

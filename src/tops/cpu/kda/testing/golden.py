@@ -10,6 +10,7 @@ import numpy as np
 from .. import chunk_kda, chunk_kda_fwd
 from ..activations import log_decay
 from .compare import largest_sum
+from .tiers import EXACT, farthest, tiered
 
 STAGES = dict(
     g="0 gate",
@@ -41,12 +42,12 @@ class Truth(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def truth(case, dtype, seed=0):
-    """`Truth` of a case for a candidate of `dtype`."""
-    return judge(case, case.inputs(dtype, seed), np.dtype(dtype))
+def truth(case, dtype, seed=0, tier=EXACT):
+    """`Truth` of a case for a candidate of `dtype`, in a tier of arithmetic."""
+    return judge(case, case.inputs(dtype, seed), np.dtype(dtype), tier)
 
 
-def judge(case, inputs, dtype):
+def judge(case, inputs, dtype, tier=EXACT):
     """`Truth` of inputs at hand.
 
     Our forward is the yardstick with `storage_dtype`, rounding where a kernel that stores `dtype` must. For a
@@ -56,8 +57,11 @@ def judge(case, inputs, dtype):
     rounded = (cast(inputs, np.float32), np.float32) if dtype == np.float64 else (inputs, dtype)
     with ThreadPoolExecutor() as pool:  # two programs to compile
         golden, ours = pool.map(
-            partial(forward, case), (cast(inputs, np.float64), rounded[0]), (None, rounded[1])
+            partial(forward, case),
+            *((cast(inputs, np.float64), rounded[0]), (None, rounded[1]), (EXACT, tier)),
         )
+    others = [forward(case, *rounded, tier, grid) for grid in tier.grids[1:]]
+    ours = farthest(golden, [ours, *others])
     if dtype == np.float64:
         with np.errstate(invalid="ignore"):  # -inf - -inf, where the cumulative sum of resets is not judged
             ours = {name: golden[name] + 2.0**-28 * (x - golden[name]) for name, x in ours.items()}
@@ -81,18 +85,19 @@ def cast(inputs, dtype):
 
 
 @cache
-def program(op, options):
+def program(op, options, tier=EXACT):
     """One for all the cases that share options; it compiles once for those that share shapes."""
-    return jax.jit(partial(op, **dict(options)), compiler_options=FAST_COMPILE)
+    op = partial(op, **dict(options))
+    return jax.jit(lambda inputs, grid: tiered(op, *tier, grid)(**inputs), compiler_options=FAST_COMPILE)
 
 
-def forward(case, inputs, storage_dtype=None):
+def forward(case, inputs, storage_dtype=None, tier=EXACT, grid=1.0):
     """{tensor: float64} of our forward, on a CPU; states are [K, V]."""
     stages = not case.raw
     op = chunk_kda_fwd if stages else chunk_kda
     options = case.options(stages) | dict(chunk_size=case.chunk_size, storage_dtype=storage_dtype)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        made = program(op, tuple(options.items()))(**inputs)
+        made = program(op, tuple(options.items()), tier)(inputs, np.float32(grid))
     made = made._asdict() if stages else dict(zip(("o", "final_state"), made, strict=True))
     return case.standard(
         {name: np.asarray(made[name], np.float64) for name in STAGES if made.get(name) is not None}

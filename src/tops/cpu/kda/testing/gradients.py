@@ -20,6 +20,7 @@ from ..activations import Activations, activate
 from ..rounding import storage
 from .compare import SAFE, largest_sum
 from .golden import FAST_COMPILE, STAGES, Truth, cast, gates
+from .tiers import EXACT, farthest, tiered
 
 # In the order in which a backward makes them: what FLA's op for each stage returns.
 MADE_BY = {
@@ -48,16 +49,18 @@ def names(case, between=False):
 
 
 @lru_cache(maxsize=32)
-def gradient_truth(case, dtype, seed=0, saved=False):
-    """`Truth` of a case's gradients for a candidate of `dtype`; its inputs hold do and dht, the cotangents.
+def gradient_truth(case, dtype, seed=0, saved=False, tier=EXACT):
+    """`Truth` of a case's gradients for a candidate of `dtype`, in a tier of arithmetic; its inputs hold do
+    and dht, the cotangents.
 
     With `saved`, for a candidate in `chunk_kda_bwd`'s convention: the inputs hold what our forward saves,
     and the gradients those between the stages.
     """
-    return judge_gradients(case, case.inputs(dtype, seed) | case.cotangents(dtype, seed), dtype, saved)
+    inputs = case.inputs(dtype, seed) | case.cotangents(dtype, seed)
+    return judge_gradients(case, inputs, dtype, saved, tier)
 
 
-def judge_gradients(case, inputs, dtype, saved=False):
+def judge_gradients(case, inputs, dtype, saved=False, tier=EXACT):
     """`gradient_truth` of inputs at hand.
 
     The golden is `jax.vjp` of our `chunk_kda` in float64. The yardstick is FLA's stages chained by hand, with
@@ -69,15 +72,14 @@ def judge_gradients(case, inputs, dtype, saved=False):
     wide = cast(inputs, np.float64)
     rounded = (cast(inputs, np.float32), np.float32) if dtype == np.float64 else (inputs, dtype)
     golden = run(case, by_autodiff, wide)
-    ours = run(case, by_stages, *rounded)
+    backward = by_stages if saved or gates(case, inputs).min() >= -SAFE else by_autodiff
+    ours, *others = (run(case, backward, *rounded, tier, grid) for grid in tier.grids)
     if saved:
         exact = run(case, by_stages, wide)
         golden |= {name: exact[name] for name in BETWEEN}
         inputs = inputs | saved_fields(case, exact if dtype == np.float64 else ours, dtype)
-    elif gates(case, inputs).min() < -SAFE:
-        ours = run(case, by_autodiff, *rounded)
-    ours = case.standard(ours)
     golden = case.standard({name: golden[name] for name in names(case, saved)})
+    ours = farthest(golden, list(map(case.standard, (ours, *others))))
     scale = 2.0**-28 if dtype == np.float64 else 1.0
     ours = {name: x + scale * (ours[name] - x) for name, x in golden.items()}
     return Truth(inputs, golden, ours, largest_sum(case, gates(case, inputs)))
@@ -90,19 +92,19 @@ def saved_fields(case, fields, dtype):
     return {f"saved_{name}": stored[name] if name == "g" else stored[name].astype(dtype) for name in FIELDS}
 
 
-def run(case, backward, inputs, storage_dtype=None):
+def run(case, backward, inputs, storage_dtype=None, tier=EXACT, grid=1.0):
     """{name: float64} of one of our backwards, on a CPU, with states as the case has them."""
     options = case.options(stages=False) | dict(chunk_size=case.chunk_size)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        made = program(backward, storage_dtype, tuple(options.items()))(inputs)
+        made = program(backward, storage_dtype, tuple(options.items()), tier)(inputs, np.float32(grid))
     return {name: np.asarray(x, np.float64) for name, x in made.items() if x is not None}
 
 
 @cache
-def program(backward, storage_dtype, options):
+def program(backward, storage_dtype, options, tier):
     """One for all the cases that share options; it compiles once for those that share shapes."""
     op = partial(backward, options=dict(options), storage_dtype=storage_dtype)
-    return jax.jit(op, compiler_options=FAST_COMPILE)
+    return jax.jit(lambda inputs, grid: tiered(op, *tier, grid)(inputs), compiler_options=FAST_COMPILE)
 
 
 def by_autodiff(inputs, options, storage_dtype):

@@ -23,3 +23,5 @@ def pytest_addoption(parser):
     group.addoption(
         "--kda-arrays", default="jax", help="what the kernel is given: jax (default), numpy or torch"
     )
+    group.addoption("--kda-products", help="what products of float32 matrices round to, as TF32_TF32_F32")
+    group.addoption("--kda-state-dtype", help="bfloat16 or float16, where the kernel carries its state so")

@@ -20,6 +20,7 @@ from .golden import truth
 from .gradients import gradient_truth, stage_of
 from .judge import judge_tensors
 from .report import Report, Row
+from .tiers import EXACT, Tier
 
 
 def check(
@@ -32,6 +33,8 @@ def check(
     tensors=None,
     adapter=None,
     arrays="jax",
+    products=None,
+    state_dtype=None,
     multiple=MULTIPLE,
     seed=0,
     name=None,
@@ -57,6 +60,9 @@ def check(
         adapter: for other layouts, a function of (a function of NumPy arrays) to another, or words such as
             "plain,tokens=HBTK"; see `adapters`.
         arrays: what fn is given, "jax", "numpy" or "torch". It may return any.
+        products: what fn's products of float32 matrices round their operands to, by JAX's name:
+            "TF32_TF32_F32", "BF16_BF16_F32", "BF16_BF16_F32_X3"; see `tiers`. None: they do not.
+        state_dtype: bfloat16 or float16 where fn carries its state so; None: as wide as its arithmetic.
         multiple: how many yardsticks a tensor may err by; see `compare`.
         seed: of the inputs.
         name: the candidate's, in the report; None: its module's and its own.
@@ -75,13 +81,14 @@ def check(
         raise TypeError("dtype: expected float64, float32, bfloat16 or float16, got None")
     if arrays not in KINDS:
         raise ValueError(f"arrays: expected one of {', '.join(KINDS)}, got {arrays!r}")
+    tier = Tier.of(products, state_dtype, dtype)
     how = Convention.of(fn, stages, gradients)
     if how.gradients and not how.backward and arrays == "numpy":
         raise ValueError("arrays: expected jax or torch, which differentiate, for gradients, got 'numpy'")
     if tensors is not None and not (tensors and set(tensors) <= set(how.known)):
         raise ValueError(f"tensors: expected some of {', '.join(how.known)}, got {tensors!r}")
     call = caller(fn, how, arrays, adapter)
-    asked = [case for case in select(cases) if how.takes(case)]
+    asked = [case for case in select(cases) if how.takes(case) and tier.judges(case)]
     cases = [fit(case, **dims) for case in asked]
     rows, declined = [], []
     for i, case in enumerate(cases):
@@ -90,7 +97,7 @@ def check(
         try:
             # An adapter's own operations are float64 too, whatever x64 is.
             with jax.enable_x64(True) if dtype == np.float64 else nullcontext():
-                rows += check_case(call, case, dtype, how, multiple, seed, tensors)
+                rows += check_case(call, case, dtype, how, multiple, seed, tensors, tier)
         except NotImplementedError:
             declined.append(case)
     if name is None:
@@ -99,7 +106,8 @@ def check(
     judged = [case for case in cases if case not in declined]
     absent = {tensor for case in judged for tensor in how.tensors(case, tensors)} - found
     words = missed(asked, judged, declined) + [tensor for tensor in how.known if rows and tensor in absent]
-    return Report(name, dtype.name, multiple, how.names_stages, rows, [case.name for case in declined], words)
+    declined = [case.name for case in declined]
+    return Report(name, f"{dtype.name}{tier}", multiple, how.names_stages, rows, declined, words)
 
 
 def caller(fn, how, arrays, adapter):
@@ -144,13 +152,13 @@ def numpy_call(fn, arrays):
 FIELDS = ("o", "final_state", "g", "Aqk", "Akk", "w", "u", "qg", "kg", "v_new", "h", "initial_state")
 
 
-def check_case(call, case, dtype, how, multiple=MULTIPLE, seed=0, tensors=None):
+def check_case(call, case, dtype, how, multiple=MULTIPLE, seed=0, tensors=None, tier=EXACT):
     """The rows of one case."""
     names, options = how.tensors(case, tensors), how.options(case)
     if how.gradients:
-        known = gradient_truth(case, dtype, seed, saved=how.backward)
+        known = gradient_truth(case, dtype, seed, how.backward, tier)
     else:
-        known = None if case.bits else truth(case, dtype, seed)
+        known = None if case.bits else truth(case, dtype, seed, tier)
     try:
         if case.bits:
             return bit_rows(lambda inputs: call(inputs, options), case, dtype, names, seed)

@@ -9,6 +9,7 @@ from .cases import select
 from .convention import Convention
 from .coverage import LEAST
 from .run import check, load
+from .tiers import Tier
 
 
 def pytest_generate_tests(metafunc):
@@ -28,7 +29,9 @@ def convention(options):
 
 
 def cases(options):
-    return list(filter(convention(options).takes, select(options.kda_case)))
+    tier = Tier.of(options.kda_products, options.kda_state_dtype, options.kda_dtype)
+    how = convention(options)
+    return [case for case in select(options.kda_case) if how.takes(case) and tier.judges(case)]
 
 
 def tensors(options):
@@ -41,7 +44,8 @@ def report(case, impl, dtype, adapter_name, **options):
 
 
 def report_of(case, options):
-    given = {name: getattr(options, f"kda_{name}") for name in ("arrays", "gradients", *SIZES, "aligned")}
+    names = "arrays", "gradients", "products", "state_dtype", *SIZES, "aligned"
+    given = {name: getattr(options, f"kda_{name}") for name in names}
     how = options.kda_impl, options.kda_dtype, options.kda_adapter
     return report(case, *how, tensors=tensors(options), **given)
 
