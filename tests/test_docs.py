@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pages import blocks, pattern, run_page
+from pages import blocks, pattern, run_commands, run_page
 
 import tops.cpu.kda
 from tops.cpu.kda import testing
@@ -37,6 +37,26 @@ def test_page_runs(page, tmp_path):
     if page == "padding":
         tokens = names["by_mask"][names["mask"]]
         np.testing.assert_allclose(names["o"][0, : len(tokens)], tokens, rtol=0, atol=1e-5)
+
+
+def unindented(code):
+    return "\n".join(line.strip() for line in code.splitlines() if line.strip())
+
+
+@pytest.mark.slow
+def test_worked_example(tmp_path):
+    """What the page shows of the kernel is the kernel's, its fault is found, and without it all is well."""
+    source = (ROOT / "examples" / "pallas" / "pallas_kda.py").read_text()
+    ((_, fault),) = blocks("docs/pallas.md", "diff")
+    right, wrong = (line[1:] for line in fault.splitlines())
+    assert source.count(right) == 1
+    (tmp_path / "pallas_kda.py").write_text(source)
+    (tmp_path / "broken.py").write_text(source.replace(right, wrong))
+    for language, text in blocks("docs/pallas.md"):
+        if language == "python":
+            assert unindented(text) in unindented(source)
+        else:
+            run_commands(text, tmp_path)
 
 
 def test_what_is_public_is_on_a_page():
