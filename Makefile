@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo demo-distributed test test-all test-fla-suite test-oldest fuzz mutants coverage test-fla \
-  test-fla-all conformance bench lint figures clean
+  test-fla-all conformance bench lint docs figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tops.cpu.kda
@@ -67,6 +67,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The site, in site/. A broken link or a name that is not there fails.
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
 figures: $(VENV)/.installed
 	$(BIN)/python docs/draw_triangle.py
 
@@ -82,6 +86,11 @@ $(VENV)-fla/.installed: pyproject.toml
 	$(VENV)-fla/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' --editable '.[test,fla]'
 	touch $@
 
+$(VENV)-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 NEWEST = $(shell .ci/newest-python)
 $(VENV)-bench/.installed: pyproject.toml
 	$(or $(NEWEST),$(PYTHON)) -m venv $(VENV)-bench
@@ -89,4 +98,4 @@ $(VENV)-bench/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-fla $(VENV)-bench .venv-newest .venv-oldest
+	rm -rf $(VENV) $(VENV)-fla $(VENV)-bench $(VENV)-docs .venv-newest .venv-oldest site
