@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo demo-distributed test test-all test-fla-suite test-oldest fuzz mutants coverage test-fla \
-  test-fla-all conformance bench lint docs figures clean
+  test-fla-all conformance bench lint docs build figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tops.cpu.kda
@@ -71,6 +71,11 @@ lint: $(VENV)/.installed
 docs: $(VENV)-docs/.installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
+build: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build
+	.ci/test-wheel $(PYTHON) dist/*.whl
+
 figures: $(VENV)/.installed
 	$(BIN)/python docs/draw_triangle.py
 
@@ -98,4 +103,4 @@ $(VENV)-bench/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-fla $(VENV)-bench $(VENV)-docs .venv-newest .venv-oldest site
+	rm -rf $(VENV) $(VENV)-fla $(VENV)-bench $(VENV)-docs .venv-newest .venv-oldest site dist
