@@ -66,6 +66,7 @@ bench: $(VENV)/.installed $(VENV)-bench/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(BIN)/python
 
 # The site, in site/. A broken link or a name that is not there fails.
 docs: $(VENV)-docs/.installed

@@ -294,7 +294,7 @@ def integers(name, x):
 
 def _no_float64(name, dtype):
     """JAX would cast it down without a word."""
-    if dtype == np.float64 and not jax.config.jax_enable_x64:
+    if dtype == np.float64 and not jax.config.jax_enable_x64:  # ty: ignore[missing-attribute]
         raise TypeError(f"{name}: expected float32 or less while jax_enable_x64 is off, got float64")
 
 

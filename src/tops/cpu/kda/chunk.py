@@ -1,42 +1,45 @@
 """The user-level op: chunked KDA, output and final state only."""
 
+from typing import Any
+
 from . import checks, contracts
 from .activations import Activations
 from .chunk_fwd import forward
+from .types import Array, DType, Scalar, Sequences
 
 
 def chunk_kda(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale=None,
-    initial_state=None,
-    output_final_state=False,
-    use_qk_l2norm_in_kernel=False,
-    use_gate_in_kernel=False,
-    use_beta_sigmoid_in_kernel=False,
-    allow_neg_eigval=False,
-    safe_gate=False,
-    lower_bound=None,
-    disable_recompute=False,
-    return_intermediate_states=False,
-    state_v_first=False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-    cp_context=None,
-    use_graph=False,
-    max_num_seqs=None,
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    scale: Scalar | None = None,
+    initial_state: Array | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Sequences | None = None,
+    cu_seqlens_cpu: Sequences | None = None,
+    cp_context: None = None,
+    use_graph: bool = False,
+    max_num_seqs: int | None = None,
     *,
-    chunk_indices=None,
-    chunk_size=64,
-    A_log=None,
-    dt_bias=None,
-    storage_dtype=None,
-    output_dtype=None,
-    transpose_state_layout=None,
-):
+    chunk_indices: Array | None = None,
+    chunk_size: int = 64,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    storage_dtype: DType | None = None,
+    output_dtype: DType | None = None,
+    transpose_state_layout: bool | None = None,
+) -> tuple[Any, ...]:
     """Chunked Kimi Delta Attention: what `naive_recurrent_kda` computes, by matrix products.
 
         S'  = diag(exp(g_t)) S_{t-1}

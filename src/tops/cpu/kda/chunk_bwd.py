@@ -16,6 +16,7 @@ from .one_chunk.output import d_scores, output_backward
 from .one_chunk.wy import w_u_backward
 from .one_chunk.xla import matmul_nt
 from .rounding import storage
+from .types import Array, DType, Scalar, Sequences
 from .wy_fast import recompute_w_u_fwd
 
 
@@ -33,40 +34,40 @@ class ChunkKDABackward(NamedTuple):
 
 
 def chunk_kda_bwd(
-    q,
-    k,
-    v,
-    beta,
-    Aqk,
-    Akk,
-    scale,
-    initial_state,
-    do,
-    dht,
-    g=None,
-    g_org=None,
-    state_v_first=False,
-    cu_seqlens=None,
-    chunk_indices=None,
-    chunk_size=64,
-    safe_gate=False,
-    lower_bound=None,
-    use_gate_in_kernel=False,
-    A_log=None,
-    dt_bias=None,
-    disable_recompute=False,
-    cp_context=None,
-    use_graph=False,
-    chunk_offsets=None,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    Aqk: Array,
+    Akk: Array,
+    scale: Scalar | None,
+    initial_state: Array | None,
+    do: Array,
+    dht: Array | None,
+    g: Array | None = None,
+    g_org: Array | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Sequences | None = None,
+    chunk_indices: Array | None = None,
+    chunk_size: int = 64,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    use_gate_in_kernel: bool = False,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    disable_recompute: bool = False,
+    cp_context: None = None,
+    use_graph: bool = False,
+    chunk_offsets: Array | None = None,
     *,
-    w=None,
-    u=None,
-    qg=None,
-    kg=None,
-    v_new=None,
-    h=None,
-    storage_dtype=None,
-):
+    w: Array | None = None,
+    u: Array | None = None,
+    qg: Array | None = None,
+    kg: Array | None = None,
+    v_new: Array | None = None,
+    h: Array | None = None,
+    storage_dtype: DType | None = None,
+) -> ChunkKDABackward:
     """The gradients of `chunk_kda_fwd`, from what it returned, by FLA's stages.
 
         dAqk = scale tril(do v_new^T)    dv = Aqk^T do            chunk_kda_bwd_dAv               stage 4
@@ -157,19 +158,19 @@ def chunk_kda_bwd(
 
 
 def chunk_kda_bwd_dAv(
-    q,
-    k,
-    v,
-    do,
-    A,
-    scale=None,
-    cu_seqlens=None,
-    chunk_size=64,
-    chunk_indices=None,
-    use_graph=False,
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    A: Array,
+    scale: Scalar | None = None,
+    cu_seqlens: Sequences | None = None,
+    chunk_size: int = 64,
+    chunk_indices: Array | None = None,
+    use_graph: bool = False,
     *,
-    storage_dtype=None,
-):
+    storage_dtype: DType | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Stage 4 backwards, on its own: what the scores inside a chunk and v_new get from o.
 
         dA = scale tril(do v^T)      dv = A^T do
@@ -213,27 +214,27 @@ def _chunk_kda_bwd_dAv(v_new, d_o, A, cu_seqlens, *, NT, scale, storage_dtype):
 
 
 def chunk_kda_bwd_wy_dqkg_fused(
-    q,
-    k,
-    v,
-    v_new,
-    g,
-    beta,
-    A,
-    h,
-    do,
-    dh,
-    dv,
-    scale=None,
-    state_v_first=False,
-    cu_seqlens=None,
-    chunk_size=64,
-    chunk_indices=None,
-    chunk_offsets=None,
-    use_graph=False,
+    q: Array,
+    k: Array,
+    v: Array,
+    v_new: Array,
+    g: Array,
+    beta: Array,
+    A: Array,
+    h: Array,
+    do: Array,
+    dh: Array,
+    dv: Array,
+    scale: Scalar | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Sequences | None = None,
+    chunk_size: int = 64,
+    chunk_indices: Array | None = None,
+    chunk_offsets: Array | None = None,
+    use_graph: bool = False,
     *,
-    storage_dtype=None,
-):
+    storage_dtype: DType | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Stage 2 backwards, on its own: what comes through qg, kg, w, u and the decay of the state.
 
     With du the argument dv, the cotangent of v_new and so of u, and k_in = k D(i<-0):

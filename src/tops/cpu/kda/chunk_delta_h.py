@@ -11,28 +11,29 @@ from .one_chunk.decay import from_cumsum
 from .one_chunk.state import next_state, u_less_w_S, u_less_w_S_backward
 from .one_chunk.xla import matmul, matmul_tn
 from .rounding import storage
+from .types import Array, DType, Scalar, Sequences
 
 
 def chunk_gated_delta_rule_fwd_h(
-    k,
-    w,
-    u,
-    g=None,
-    gk=None,
-    initial_state=None,
-    output_final_state=False,
-    chunk_size=64,
-    save_new_value=True,
-    state_v_first=False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-    chunk_indices=None,
-    chunk_offsets=None,
+    k: Array,
+    w: Array,
+    u: Array,
+    g: Array | None = None,
+    gk: Array | None = None,
+    initial_state: Array | None = None,
+    output_final_state: bool = False,
+    chunk_size: int = 64,
+    save_new_value: bool = True,
+    state_v_first: bool = False,
+    cu_seqlens: Sequences | None = None,
+    cu_seqlens_cpu: Sequences | None = None,
+    chunk_indices: Array | None = None,
+    chunk_offsets: Array | None = None,
     *,
-    use_exp2=True,
-    storage_dtype=None,
-    transpose_state_layout=None,
-):
+    use_exp2: bool = True,
+    storage_dtype: DType | None = None,
+    transpose_state_layout: bool | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Stage 3 on its own, in token layout: the state that enters each chunk.
 
         v_new = u - w S      S <- D(C<-0) S + (k * d)^T v_new
@@ -126,25 +127,25 @@ def _chunk_gated_delta_rule_fwd_h(
 
 
 def chunk_gated_delta_rule_bwd_dhu(
-    q,
-    k,
-    w,
-    do,
-    dv,
-    g=None,
-    gk=None,
-    h0=None,
-    dht=None,
-    scale=None,
-    state_v_first=False,
-    cu_seqlens=None,
-    chunk_size=64,
-    chunk_indices=None,
-    chunk_offsets=None,
-    use_graph=False,
+    q: Array,
+    k: Array,
+    w: Array,
+    do: Array,
+    dv: Array,
+    g: Array | None = None,
+    gk: Array | None = None,
+    h0: Array | None = None,
+    dht: Array | None = None,
+    scale: Scalar | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Sequences | None = None,
+    chunk_size: int = 64,
+    chunk_indices: Array | None = None,
+    chunk_offsets: Array | None = None,
+    use_graph: bool = False,
     *,
-    storage_dtype=None,
-):
+    storage_dtype: DType | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Stage 3 backwards, on its own: the cotangent of the state, from the last chunk to the first.
 
         dv <- dv + (k * d) dh      dh <- D(C<-0) dh + scale (q * c)^T do - w^T dv

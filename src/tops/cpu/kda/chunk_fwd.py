@@ -7,6 +7,7 @@ import jax
 from . import checks, chunking, contracts
 from .activations import Activations
 from .scan import Config, scan_chunks
+from .types import Array, DType, Scalar, Sequences
 
 
 class ChunkKDAForward(NamedTuple):
@@ -27,34 +28,34 @@ class ChunkKDAForward(NamedTuple):
 
 
 def chunk_kda_fwd(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale=None,
-    initial_state=None,
-    output_final_state=False,
-    state_v_first=False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-    chunk_indices=None,
-    chunk_size=64,
-    safe_gate=False,
-    lower_bound=None,
-    use_gate_in_kernel=False,
-    A_log=None,
-    dt_bias=None,
-    disable_recompute=False,
-    return_intermediate_states=False,
-    cp_context=None,
-    use_graph=False,
-    chunk_offsets=None,
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    scale: Scalar | None = None,
+    initial_state: Array | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Sequences | None = None,
+    cu_seqlens_cpu: Sequences | None = None,
+    chunk_indices: Array | None = None,
+    chunk_size: int = 64,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    use_gate_in_kernel: bool = False,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    cp_context: None = None,
+    use_graph: bool = False,
+    chunk_offsets: Array | None = None,
     *,
-    storage_dtype=None,
-    output_dtype=None,
-    transpose_state_layout=None,
-):
+    storage_dtype: DType | None = None,
+    output_dtype: DType | None = None,
+    transpose_state_layout: bool | None = None,
+) -> ChunkKDAForward:
     """The chunked KDA forward with every tensor that its four stages make.
 
         Aqk, Akk     the causal scores of a chunk, the inverse of its delta-rule system    stage 1

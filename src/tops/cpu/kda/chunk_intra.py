@@ -9,26 +9,27 @@ from . import checks, chunking, contracts, one_chunk
 from .one_chunk.decay import from_cumsum, of_tokens, of_tokens_backward
 from .one_chunk.intra import intra, scores_backward
 from .rounding import beta_k_storage, storage
+from .types import Array, DType, Scalar, Sequences
 
 
 def chunk_kda_fwd_intra(
-    q,
-    k,
-    v,
-    gk,
-    beta,
-    scale=None,
-    cu_seqlens=None,
-    chunk_size=64,
-    chunk_indices=None,
-    safe_gate=False,
-    lower_bound=None,
-    disable_recompute=False,
-    use_graph=False,
+    q: Array,
+    k: Array,
+    v: Array,
+    gk: Array,
+    beta: Array,
+    scale: Scalar | None = None,
+    cu_seqlens: Sequences | None = None,
+    chunk_size: int = 64,
+    chunk_indices: Array | None = None,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    use_graph: bool = False,
     *,
-    use_exp2=True,
-    storage_dtype=None,
-):
+    use_exp2: bool = True,
+    storage_dtype: DType | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array, jax.Array]:
     """Stages 1 and 2 on their own, in token layout, as FLA's function of this name does both.
 
         Aqk[i,j] = scale * sum_d q_i k_j D(i<-j)     j <= i
@@ -96,23 +97,23 @@ def _chunk_kda_fwd_intra(q, k, v, gk, beta, cu_seqlens, *, NT, C, scale, use_exp
 
 
 def chunk_kda_bwd_intra(
-    q,
-    k,
-    g,
-    beta,
-    dAqk,
-    dAkk,
-    dq,
-    dk,
-    db,
-    dg,
-    cu_seqlens=None,
-    chunk_indices=None,
-    chunk_size=64,
-    safe_gate=False,
-    lower_bound=None,
-    use_graph=False,
-):
+    q: Array,
+    k: Array,
+    g: Array,
+    beta: Array,
+    dAqk: Array,
+    dAkk: Array,
+    dq: Array,
+    dk: Array,
+    db: Array,
+    dg: Array,
+    cu_seqlens: Sequences | None = None,
+    chunk_indices: Array | None = None,
+    chunk_size: int = 64,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    use_graph: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Stage 1 backwards, on its own: the gradients that come through the scores inside a chunk.
 
         dq_i += sum_j dAqk[i,j] k_j D(i<-j)                                               j <= i

@@ -10,26 +10,27 @@ from .one_chunk.decay import from_cumsum
 from .one_chunk.output import output
 from .one_chunk.xla import matmul
 from .rounding import storage
+from .types import Array, DType, Scalar, Sequences
 
 
 def chunk_gla_fwd_o_gk(
-    q,
-    v,
-    g,
-    A,
-    h,
-    scale,
-    state_v_first=False,
-    cu_seqlens=None,
-    chunk_size=64,
-    chunk_indices=None,
-    use_graph=False,
+    q: Array,
+    v: Array,
+    g: Array,
+    A: Array,
+    h: Array,
+    scale: Scalar | None,
+    state_v_first: bool = False,
+    cu_seqlens: Sequences | None = None,
+    chunk_size: int = 64,
+    chunk_indices: Array | None = None,
+    use_graph: bool = False,
     *,
-    use_exp2=True,
-    storage_dtype=None,
-    output_dtype=None,
-    transpose_state_layout=None,
-):
+    use_exp2: bool = True,
+    storage_dtype: DType | None = None,
+    output_dtype: DType | None = None,
+    transpose_state_layout: bool | None = None,
+) -> jax.Array:
     """Stage 4 on its own, in token layout.
 
         o = scale * (q * D(i<-0)) h + A v

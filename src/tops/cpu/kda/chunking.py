@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from .one_chunk.xla import hidden, sliced
 
@@ -20,9 +21,9 @@ from .one_chunk.xla import hidden, sliced
 class Chunks(NamedTuple):
     """Where each chunk lies, int32 [NT] each. A length of 0 marks a chunk that no sequence needs."""
 
-    sequence: jax.Array
-    start: jax.Array
-    length: jax.Array | None  # None: every chunk is whole
+    sequence: jax.Array | np.ndarray
+    start: jax.Array | np.ndarray
+    length: jax.Array | np.ndarray | None  # None: every chunk is whole
 
 
 def max_num_chunks(T, N, C):
@@ -66,18 +67,20 @@ def dense_table(T, C):
     return Chunks(np.zeros_like(start), start, None if T % C == 0 else np.minimum(T - start, C))
 
 
-def prepare_lens(cu_seqlens):
+def prepare_lens(cu_seqlens: ArrayLike) -> jax.Array:
     """The length of each sequence: [N]."""
     return jnp.diff(cu_seqlens)
 
 
-def prepare_chunk_offsets(cu_seqlens, chunk_size):
+def prepare_chunk_offsets(cu_seqlens: ArrayLike, chunk_size: int) -> jax.Array:
     """The index of each sequence's first chunk, and the number of chunks: [N + 1]."""
     counts = -(-prepare_lens(cu_seqlens) // chunk_size)
     return jnp.concatenate([jnp.zeros_like(counts[:1]), jnp.cumsum(counts, dtype=counts.dtype)])
 
 
-def prepare_chunk_indices(cu_seqlens, chunk_size, cu_seqlens_cpu=None):
+def prepare_chunk_indices(
+    cu_seqlens: ArrayLike, chunk_size: int, cu_seqlens_cpu: ArrayLike | None = None
+) -> np.ndarray:
     """(sequence, chunk of the sequence) of every chunk, in sequence order: [NT, 2].
 
     NT follows from the values of cu_seqlens, or of its copy `cu_seqlens_cpu`: under `jit` those of the copy

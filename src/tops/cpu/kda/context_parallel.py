@@ -26,38 +26,39 @@ from . import checks, chunking, contracts
 from .activations import Activations
 from .one_chunk.xla import matmul
 from .scan import Config, scan_chunks
+from .types import Array, DType, Scalar, Sequences
 
 MAP_CHUNK = 32  # tokens of a chunk of the map, at most: fewer operations than with 64, in the same time
 
 
 def context_parallel_kda(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale=None,
-    initial_state=None,
-    output_final_state=False,
-    use_qk_l2norm_in_kernel=False,
-    use_gate_in_kernel=False,
-    use_beta_sigmoid_in_kernel=False,
-    allow_neg_eigval=False,
-    safe_gate=False,
-    lower_bound=None,
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    scale: Scalar | None = None,
+    initial_state: Array | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
     *,
-    state_v_first=False,
-    cu_seqlens=None,
-    chunk_size=64,
-    A_log=None,
-    dt_bias=None,
-    mesh,
-    axis_name,
-    batch_axis_name=None,
-    head_axis_name=None,
-    storage_dtype=None,
-    output_dtype=None,
-):
+    state_v_first: bool = False,
+    cu_seqlens: Sequences | None = None,
+    chunk_size: int = 64,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    mesh: jax.sharding.Mesh,
+    axis_name: str,
+    batch_axis_name: str | None = None,
+    head_axis_name: str | None = None,
+    storage_dtype: DType | None = None,
+    output_dtype: DType | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
     """`chunk_kda` with the time axis sharded over the P devices of a mesh axis.
 
         S'  = diag(exp(g_t)) S_{t-1}

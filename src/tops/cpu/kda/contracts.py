@@ -6,6 +6,8 @@ A contract that returns something returns arguments in the form that the op comp
 import functools
 import inspect
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -13,8 +15,10 @@ import numpy as np
 from . import checks
 from .chunking import concrete, exact_num_chunks
 
+Op = TypeVar("Op", bound=Callable)
 
-def guarded(op, contract):
+
+def guarded(op: Op, contract: Callable) -> Op:
     """`op` behind `contract`, which takes some of its arguments and may return some in another form: for
     modules that do not import this one."""
     signature = inspect.signature(op)
@@ -28,7 +32,7 @@ def guarded(op, contract):
         arguments.arguments |= contract(**given)
         return op(*arguments.args, **arguments.kwargs)
 
-    return checked
+    return checked  # ty: ignore[invalid-explicit-return]  # of op's signature, as the first lines make it
 
 
 def forward(

@@ -1,6 +1,7 @@
 """Token by token with `chunk_kda`'s options: the decode path."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,32 +11,33 @@ from . import checks, chunking, contracts
 from .activations import Activations, activate
 from .one_chunk.xla import dot
 from .rounding import storage
+from .types import Array, DType, Scalar, Sequences
 
 
 def fused_recurrent_kda(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    A_log=None,
-    dt_bias=None,
-    scale=None,
-    initial_state=None,
-    output_final_state=False,
-    use_qk_l2norm_in_kernel=False,
-    use_gate_in_kernel=False,
-    use_beta_sigmoid_in_kernel=False,
-    allow_neg_eigval=False,
-    lower_bound=None,
-    state_v_first=False,
-    cu_seqlens=None,
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    scale: Scalar | None = None,
+    initial_state: Array | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Sequences | None = None,
     *,
-    safe_gate=False,
-    return_intermediate_states=False,
-    output_dtype=None,
-    transpose_state_layout=None,
-):
+    safe_gate: bool = False,
+    return_intermediate_states: bool = False,
+    output_dtype: DType | None = None,
+    transpose_state_layout: bool | None = None,
+) -> tuple[Any, ...]:
     """What `chunk_kda` computes, one token after the other: for a few tokens a sequence.
 
         S'  = diag(exp(g_t)) S_{t-1}
@@ -135,28 +137,28 @@ def one_token(S, q, k, v, g, beta, scale):
 
 
 def fused_recurrent_kda_fwd(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    A_log=None,
-    dt_bias=None,
-    initial_state=None,
-    scale=None,
-    output_final_state=False,
-    inplace_final_state=True,
-    state_v_first=False,
-    cu_seqlens=None,
-    ssm_state_indices=None,
-    num_accepted_tokens=None,
-    use_qk_l2norm_in_kernel=False,
-    use_gate_in_kernel=False,
-    use_beta_sigmoid_in_kernel=False,
-    allow_neg_eigval=False,
-    lower_bound=None,
-    out=None,
-):
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    initial_state: Array | None = None,
+    scale: Scalar | None = None,
+    output_final_state: bool = False,
+    inplace_final_state: bool = True,
+    state_v_first: bool = False,
+    cu_seqlens: Sequences | None = None,
+    ssm_state_indices: Array | None = None,
+    num_accepted_tokens: Array | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    out: None = None,
+) -> tuple[jax.Array, jax.Array | None]:
     """`fused_recurrent_kda` for a server, whose sequences have their states in a pool.
 
     Args:

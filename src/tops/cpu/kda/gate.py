@@ -5,9 +5,16 @@ import jax.numpy as jnp
 
 from . import checks, chunking, contracts
 from .activations import cumsum, log_decay
+from .types import Array, DType, Scalar, Sequences
 
 
-def kda_gate_fwd(g, A_log=None, dt_bias=None, lower_bound=None, output_dtype=jnp.float32):
+def kda_gate_fwd(
+    g: Array,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    lower_bound: float | None = None,
+    output_dtype: DType | None = jnp.float32,
+) -> jax.Array:
     """The log decay of raw gates.
 
         lower_bound is None:  -exp(A_log) * softplus(g + dt_bias)
@@ -37,18 +44,35 @@ def kda_gate_fwd(g, A_log=None, dt_bias=None, lower_bound=None, output_dtype=jnp
 fused_kda_gate = kda_gate_fwd
 
 
-def naive_kda_gate(g, A_log, dt_bias=None, output_dtype=jnp.float32):
+def naive_kda_gate(
+    g: Array,
+    A_log: Array | None,
+    dt_bias: Array | None = None,
+    output_dtype: DType | None = jnp.float32,
+) -> jax.Array:
     """`kda_gate_fwd` without a lower bound, under FLA's name: -exp(A_log) * softplus(g + dt_bias)."""
     return kda_gate_fwd(g, A_log, dt_bias, None, output_dtype)
 
 
-def naive_kda_lowerbound_gate(g, A_log=None, dt_bias=None, lower_bound=-5.0, output_dtype=jnp.float32):
+def naive_kda_lowerbound_gate(
+    g: Array,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    lower_bound: float = -5.0,
+    output_dtype: DType | None = jnp.float32,
+) -> jax.Array:
     """`kda_gate_fwd` with a lower bound, named as in FLA: lower_bound * sigmoid(exp(A_log) (g + dt_bias))."""
     checks.number("lower_bound", lower_bound)
     return kda_gate_fwd(g, A_log, dt_bias, lower_bound, output_dtype)
 
 
-def kda_gate_bwd(g, A_log=None, dt_bias=None, dyg=None, lower_bound=None):
+def kda_gate_bwd(
+    g: Array,
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    dyg: Array | None = None,
+    lower_bound: float | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """The gradients of `kda_gate_fwd`.
 
         lower_bound is None:  dg = -exp(A_log) sigmoid(g + dt_bias) dyg
@@ -87,15 +111,15 @@ def kda_gate_bwd(g, A_log=None, dt_bias=None, dyg=None, lower_bound=None):
 
 
 def chunk_local_cumsum(
-    g,
-    chunk_size,
-    reverse=False,
-    scale=None,
-    cu_seqlens=None,
-    output_dtype=jnp.float32,
-    chunk_indices=None,
-    use_graph=False,
-):
+    g: Array,
+    chunk_size: int,
+    reverse: bool = False,
+    scale: Scalar | None = None,
+    cu_seqlens: Sequences | None = None,
+    output_dtype: DType | None = jnp.float32,
+    chunk_indices: Array | None = None,
+    use_graph: bool = False,
+) -> jax.Array:
     """The cumulative sum over each chunk: G_i = scale * (g_1 + ... + g_i), or g_i + ... + g_C with `reverse`.
 
     Args:
@@ -132,17 +156,17 @@ def _chunk_local_cumsum(g, C, reverse, scale, cu_seqlens, output_dtype, chunk_in
 
 
 def kda_gate_chunk_cumsum(
-    g,
-    A_log,
-    chunk_size,
-    scale=None,
-    dt_bias=None,
-    cu_seqlens=None,
-    output_dtype=jnp.float32,
-    chunk_indices=None,
-    lower_bound=None,
-    use_graph=False,
-):
+    g: Array,
+    A_log: Array | None,
+    chunk_size: int,
+    scale: Scalar | None = None,
+    dt_bias: Array | None = None,
+    cu_seqlens: Sequences | None = None,
+    output_dtype: DType | None = jnp.float32,
+    chunk_indices: Array | None = None,
+    lower_bound: float | None = None,
+    use_graph: bool = False,
+) -> jax.Array:
     """`chunk_local_cumsum` of `kda_gate_fwd`, with their arguments: what `chunk_kda_fwd` returns as g.
 
     Source: `fla.ops.kda.gate.kda_gate_chunk_cumsum`.

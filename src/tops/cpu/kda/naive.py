@@ -7,13 +7,25 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+Array = jax.Array | np.ndarray
 
 
 @partial(jax.jit, static_argnames=("scale", "output_final_state"))
 def naive_recurrent_kda(
-    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, *, cu_seqlens=None
-):
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    scale: float | None = None,
+    initial_state: Array | None = None,
+    output_final_state: bool = False,
+    *,
+    cu_seqlens: Array | None = None,
+) -> tuple[Array, Array | None]:
     """Kimi Delta Attention by its recurrence, one token after the other.
 
         S'  = diag(exp(g_t)) S_{t-1}
@@ -71,9 +83,18 @@ def naive_recurrent_kda(
 
 @partial(jax.jit, static_argnames=("scale", "output_final_state", "chunk_size"))
 def naive_chunk_kda(
-    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, chunk_size=64,
-    *, cu_seqlens=None,
-):  # fmt: skip
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    beta: Array,
+    scale: float | None = None,
+    initial_state: Array | None = None,
+    output_final_state: bool = False,
+    chunk_size: int = 64,
+    *,
+    cu_seqlens: Array | None = None,
+) -> tuple[Array, Array | None]:
     """Kimi Delta Attention chunk by chunk: the four stages, with every matrix and every decay written out.
 
         Aqk[i,j] = sum_d q_i k_j D(i<-j), j <= i      L[i,j] = beta_i sum_d k_i k_j D(i<-j), j < i     stage 1

@@ -9,22 +9,23 @@ from . import checks, chunking
 from .one_chunk.decay import from_cumsum
 from .one_chunk.wy import w_u
 from .rounding import beta_k_storage, storage
+from .types import Array, DType, Sequences
 
 
 def recompute_w_u_fwd(
-    k,
-    v,
-    beta,
-    A,
+    k: Array,
+    v: Array,
+    beta: Array,
+    A: Array,
     *,
-    gk,
-    q=None,
-    cu_seqlens=None,
-    chunk_indices=None,
-    use_graph=False,
-    use_exp2=True,
-    storage_dtype=None,
-):
+    gk: Array,
+    q: Array | None = None,
+    cu_seqlens: Sequences | None = None,
+    chunk_indices: Array | None = None,
+    use_graph: bool = False,
+    use_exp2: bool = True,
+    storage_dtype: DType | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """Stage 2 on its own, in token layout. By keyword from gk on: FLA's releases differ in which of q and gk
     comes first.
 
