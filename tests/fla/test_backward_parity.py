@@ -96,8 +96,8 @@ def ends_of_chunks(B, T, cu_seqlens=None, chunk_size=64, **_):
 )
 def test_stages(case, dtype):
     """Each stage on what FLA's earlier ones made: within 2e-5 in float32, and with FLA's roundings 99.9 % of
-    each tensor within 2 ulp of k's dtype. Not compared in float16: dg of a chunk's last token, for which FLA
-    sums V products in float16, in the order of its threads."""
+    each tensor within 2 ulp of k's dtype. Not compared on a GPU in float16: dg of a chunk's last token, for
+    which FLA sums V products in float16, there in the order of its threads."""
     *_, stages = fla(case, dtype)
     for stage, (arguments, theirs) in stages.items():
         op = getattr(kda, stage)
@@ -113,7 +113,7 @@ def test_stages(case, dtype):
             if dtype == np.float32:
                 assert distance(x, y) <= 2e-5 * distance(y, 0), name
                 continue
-            if dtype == np.float16 and name == ("chunk_kda_bwd_wy_dqkg_fused", 4):
+            if kernels.CUDA and dtype == np.float16 and name == ("chunk_kda_bwd_wy_dqkg_fused", 4):
                 inside = ~ends_of_chunks(*x.shape[:2], **arguments)
                 x, y = x[inside], y[inside]
             assert_near({name: (y.astype(dtype), x.astype(dtype))}, ulps=2)
@@ -125,13 +125,14 @@ def test_stages(case, dtype):
     ["packed_32", *(pytest.param(case, marks=slow) for case in ("whole_chunks", "sigmoid_A_bias", *MORE))],
 )
 def test_storage_dtype(case, dtype):
-    """With FLA's roundings every gradient comes at least 4 times nearer to FLA's. In float16 dg, and what is
-    made of it, only where no chunk is short, and little is left of the state that entered it: `test_stages`
-    says why."""
+    """With FLA's roundings every gradient comes at least 4 times nearer to FLA's. On a GPU in float16 dg, and
+    what is made of it, only where no chunk is short, and little is left of the state that entered it:
+    `test_stages` says why."""
     arguments, given, theirs, _ = fla(case, dtype)
     given = {name: x for name, x in given.items() if name not in SAVED} | dict(disable_recompute=False)
     rounded, plain = ours(arguments, given, dtype), ours(arguments, given)
-    left_out = ("dg", "dA", "dbias") if dtype == np.float16 and case != "whole_chunks" else ()
+    on_threads = kernels.CUDA and dtype == np.float16 and case != "whole_chunks"
+    left_out = ("dg", "dA", "dbias") if on_threads else ()
     for name, y in theirs.items():
         if y is not None and name not in left_out:
             assert 4 * distance(rounded[name], y) <= distance(plain[name], y), name

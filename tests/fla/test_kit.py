@@ -10,6 +10,8 @@ import pytest
 from tops.cpu.kda.testing import Case, check
 from tops.cpu.kda.testing.arrays import to_kind, to_numpy
 
+slow = pytest.mark.slow
+
 
 @functools.wraps(kernels.forward.chunk_kda_fwd)
 def fla(**inputs):
@@ -23,6 +25,34 @@ def fla(**inputs):
 )
 def test_passes_fla(dtype, cases):
     report = check(fla, cases, dtype, arrays="torch")
+    assert report.ok, str(report)
+    assert not report.declined
+
+
+def of_torch(op):
+    """With the parameters of op, on torch's tensors."""
+
+    @functools.wraps(op)
+    def run(**inputs):
+        with np.errstate(all="ignore"):
+            return op(**inputs)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "cases"),
+    [
+        (kernels.backward.chunk_kda_bwd, "float16", "one_token"),
+        pytest.param(kernels.backward.chunk_kda_bwd, "float32", "one_over,packed_short", marks=slow),
+        pytest.param(kernels.backward.chunk_kda_bwd, "float16", "one_over,packed_short", marks=slow),
+        pytest.param(kernels.kda.chunk_kda, "float32", "one_over,packed_short", marks=slow),
+        pytest.param(kernels.kda.chunk_kda, "float16", "one_token", marks=slow),
+    ],
+)
+def test_passes_fla_s_gradients(op, dtype, cases):
+    """Its backward on our saved fields, and torch's autograd through it."""
+    report = check(of_torch(op), cases, dtype, gradients=True, arrays="torch")
     assert report.ok, str(report)
     assert not report.declined
 

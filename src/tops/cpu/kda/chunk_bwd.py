@@ -15,7 +15,7 @@ from .one_chunk.decay import ends_backward, from_cumsum, of_tokens_backward
 from .one_chunk.output import d_scores, output_backward
 from .one_chunk.wy import w_u_backward
 from .one_chunk.xla import matmul_nt
-from .rounding import storage
+from .rounding import storage, stored_sum
 from .types import Array, DType, Scalar, Sequences
 from .wy_fast import recompute_w_u_fwd
 
@@ -314,7 +314,7 @@ def wy_dqkg_bwd(
 
     d_qg, d_kg, d_w = scale * matmul_nt(d_o, S), matmul_nt(v_new, d_S_out), -matmul_nt(store(d_u), S)
     d_L, d_k_in, d_v, d_beta = w_u_backward(Akk, k_in, v, beta, store(d_w), d_u, store)
-    d_g = ends_backward(qg * d_qg + k_in * d_k_in, kg * d_kg, decay * store(S * d_S_out).sum(-1))
+    d_g = ends_backward(qg * d_qg + k_in * d_k_in, kg * d_kg, decay * stored_sum(S * d_S_out, storage_dtype))
     d_g = chunks.keep(d_g)
     d_g = of_tokens_backward(d_g) if dg_of_sums else d_g
     d_k = d_kg * D_out + d_k_in * D_in
