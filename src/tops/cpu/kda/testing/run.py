@@ -102,10 +102,11 @@ def check(
             declined.append(case)
     if name is None:
         name = f"{getattr(fn, '__module__', '')}.{getattr(fn, '__qualname__', repr(fn))}"
-    found = {row.tensor for row in rows}
-    judged = [case for case in cases if case not in declined]
-    absent = {tensor for case in judged for tensor in how.tensors(case, tensors)} - found
-    words = missed(asked, judged, declined) + [tensor for tensor in how.known if rows and tensor in absent]
+    returned = {row.tensor for row in rows}
+    answered = {row.case for row in rows if not row.raised}
+    judged = [case for case in cases if case.name in answered]
+    absent = {tensor for case in judged for tensor in how.tensors(case, tensors)} - returned
+    words = missed(asked, judged, declined) + [tensor for tensor in how.known if tensor in absent]
     declined = [case.name for case in declined]
     return Report(name, f"{dtype.name}{tier}", multiple, how.names_stages, rows, declined, words)
 
@@ -119,12 +120,8 @@ def caller(fn, how, arrays, adapter):
     op = adapted(numpy_call(fn, arrays), adapter)
 
     def call(inputs, options):
-        made = op(**inputs, **options)
-        return (
-            made
-            if isinstance(made, dict)
-            else dict(zip(FIELDS if how.stages else RESULTS, made, strict=False))
-        )
+        made, names = op(**inputs, **options), FIELDS if how.stages else RESULTS
+        return made if isinstance(made, dict) else dict(zip(names, made, strict=False))
 
     return call
 
