@@ -104,13 +104,13 @@ def kernel(total=in_order, unit="log2_before", chunk=64, stages=False, state_dty
         i = np.arange(C)
         Aqk, A = np.zeros((2, *G.shape[:3], C, C), np.float32)
         for j in i:  # a column of the scores at a time: [N, HV, NT, C - j, K] decays
-            decayed = exp(G[..., j:, :] - G[..., j : j + 1, :]) * k[..., j : j + 1, :]
+            decayed = exp(apart(G[..., j:, :], G[..., j : j + 1, :])) * k[..., j : j + 1, :]
             Aqk[..., j:, j] = np.sum(q[..., j:, :] * decayed, axis=-1) * np.float32(scale)
             A[..., j:, j] = np.sum(k[..., j:, :] * decayed, axis=-1)
         L = np.where(i[:, None] > i, beta * A, np.float32(0))
         Akk = solve(L, np.broadcast_to(np.eye(C, dtype=np.float32), L.shape))
         P = exp(G)
-        qg, kg = q * P, k * exp(G[..., -1:, :] - G)
+        qg, kg = q * P, k * exp(apart(G[..., -1:, :], G))
         w, u = Akk @ (beta * k * P), Akk @ (beta * v)
         last = P[..., -1, :, None]
         S = np.zeros((len(spans), HV, K, V), np.float32)
@@ -138,6 +138,11 @@ def kernel(total=in_order, unit="log2_before", chunk=64, stages=False, state_dty
         return made | dict(h=h)
 
     return op
+
+
+def apart(x, y):
+    """x - y, 0 for two resets: there is none between a token and itself."""
+    return np.where(x == y, np.float32(0), x - y)
 
 
 def solve(L, X):
