@@ -302,6 +302,21 @@ def l2normed_and_sigmoided(q, k, v, g, beta, **options):
 NORMED = compose(adapters.always_l2norm, adapters.always_sigmoid, adapters.padded(4))
 
 
+@pytest.mark.parametrize(
+    "adapter", [adapters.segments(1), adapters.flattened, adapters.padded(4), adapters.pooled("at", "begins")]
+)
+@pytest.mark.parametrize("kind", [np.ndarray, jax.Array])
+def test_what_an_adapter_adds_is_of_the_kind_of_the_inputs(adapter, kind):
+    case = DENSE if adapter is adapters.flattened else PACKED
+    inputs = {name: jnp.asarray(x) if kind is jax.Array else x for name, x in case.inputs().items()}
+
+    def kernel(**options):
+        assert all(isinstance(x, kind) for x in options.values())
+        return options["v"], options["initial_state"]
+
+    adapter(kernel)(**inputs)
+
+
 def test_words():
     arrays = {name: CATALOGUE["dense"].inputs(np.float32)[name] for name in ("q", "k", "v", "g", "beta")}
     seen = []

@@ -23,6 +23,11 @@ def same_kind(x, like):
     return np.asarray(x) if isinstance(like, np.ndarray) else x
 
 
+def of_kind(x, like):
+    """NumPy's integers x as an array of the kind of `like`."""
+    return x if isinstance(like, np.ndarray) else jnp.asarray(x)
+
+
 def changed(made, **changes):
     """What a candidate returned, with a function applied to each field of `changes` that is there."""
     is_dict = isinstance(made, dict)

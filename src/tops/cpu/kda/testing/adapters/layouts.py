@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from .arrays import changed, changed_tokens, namespace, wide
+from .arrays import changed, changed_tokens, namespace, of_kind, wide
 
 
 def tokens(layout):
@@ -95,7 +95,7 @@ def segments(first=0, states=True, count=None):
             padding = len(ends) - 1 if first == 0 else first - 1
             ids = np.where(token < ends[-1], ids, padding).astype(np.int32)
             options |= {count: len(ends) - 1} if count else {}
-            return fn(q=q, segment_ids=ids[None], **options)
+            return fn(q=q, segment_ids=of_kind(ids[None], q), **options)
 
         return adapted
 
@@ -111,7 +111,7 @@ def flattened(fn):
             return fn(**arrays, cu_seqlens=cu_seqlens, **options)
         B, T = q.shape[:2]
         arrays = {name: x.reshape(1, B * T, *x.shape[2:]) for name, x in arrays.items()}
-        made = fn(**arrays, cu_seqlens=T * np.arange(B + 1), **options)
+        made = fn(**arrays, cu_seqlens=of_kind(T * np.arange(B + 1), q), **options)
         made = changed_tokens(made, lambda x: x.reshape(B, T, *x.shape[2:]))
         return changed(made, h=lambda h: h.reshape(B, -1, *h.shape[2:]))
 
@@ -144,7 +144,7 @@ def padded(chunk_size):
             arrays = dict(q=q, k=k, v=v, g=g, beta=beta)
             arrays = {name: pad(x, is_raw.get(name)) for name, x in arrays.items()}
             if cu_seqlens is not None:
-                options["cu_seqlens"] = new_ends.astype(ends.dtype)
+                options["cu_seqlens"] = of_kind(new_ends.astype(ends.dtype), q)
             return changed_tokens(fn(**arrays, **options), lambda x: _with_row(x, 0.0, axis=1)[:, place])
 
         return adapted
@@ -169,13 +169,13 @@ def pooled(indices="ssm_state_indices", has_initial_state=None):
             source = np.full(2 * N + 1, N)
             source[places] = np.arange(N)
             if has_initial_state:
-                options[has_initial_state] = np.full(N, initial_state is not None)
+                options[has_initial_state] = of_kind(np.full(N, initial_state is not None), q)
             if initial_state is None:
                 state = q.shape[-1], v.shape[-1]
                 shape = N, v.shape[2], *(state[::-1] if options.get("state_v_first") else state)
                 initial_state = np.full(shape, np.nan if has_initial_state else 0, wide(q).dtype)
             pool = _with_row(initial_state, np.nan, axis=0)[source]
-            options |= {indices: places.astype(np.int32)}
+            options |= {indices: of_kind(places.astype(np.int32), q)}
             return changed(fn(q=q, v=v, initial_state=pool, **options), final_state=lambda x: x[places])
 
         return adapted
