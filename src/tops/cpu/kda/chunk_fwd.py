@@ -66,36 +66,19 @@ def chunk_kda_fwd(
     with qg = q D(i<-0), kg = k D(C<-j), and D the decay over a token range.
 
     Args:
-        q, k: [B, T, H, K], of one dtype; float64, float32, bfloat16 or float16.
-        v: [B, T, HV, V]; HV = G * H, value head h reads q/k head h // G. Like all arrays that follow, of any
-            dtype that is no wider than the arithmetic's, promote_types(q.dtype, float32).
-        g: [B, T, HV, K], log decay in nats, <= 0 (-inf is a reset); raw with `use_gate_in_kernel`.
-        beta: [B, T, HV].
-        scale: a number, or a scalar array whose value is known; None is K ** -0.5.
-        initial_state: [N, HV, K, V], or None for zeros; N is the number of sequences (B when dense).
-        output_final_state: whether to return the final state.
-        state_v_first: states are [..., V, K] in `initial_state`, `final_state` and `h`.
-        cu_seqlens: int32 or int64 [N + 1], or a list; packs N sequences into B = 1, sequence n in tokens
-            [cu_seqlens[n], cu_seqlens[n + 1]). Tokens from cu_seqlens[N] on are padding.
-        cu_seqlens_cpu: the same values; where those of cu_seqlens are traced and these are known, h has
-            exactly as many chunks as they make.
+        q, k, v, g, beta, ...: what is not named below is as for `chunk_kda`.
+        cu_seqlens_cpu: the values of cu_seqlens; where those of cu_seqlens are traced and these are known, h
+            has exactly as many chunks as they make.
         chunk_indices: int32 or int64 [NT, 2] of `prepare_chunk_indices`; makes NT exact under `jit`, where it
             is (T + N * (C - 1)) // C otherwise. Rows (-1, 0) of no chunk may follow; h is zero there.
-        chunk_size: C, one of 16, 32, 64, 128.
-        safe_gate: accepted for FLA's sake and held to its rules; this forward is safe for all gates.
-        lower_bound: with `use_gate_in_kernel`, g <- lower_bound * sigmoid(exp(A_log) (g + dt_bias)).
-        use_gate_in_kernel: g <- -exp(A_log) * softplus(g + dt_bias), unless `lower_bound` is given.
-        A_log: [HV] or [1, 1, HV, 1], for the gate; may be None beside `lower_bound`.
-        dt_bias: [HV * K] or [HV, K] or None, for the gate. Neither is read without `use_gate_in_kernel`.
+        state_v_first: states are [..., V, K] in `initial_state`, `final_state` and `h`.
         disable_recompute: return w, u, qg, kg, v_new, h, and g also of an in-kernel gate.
         return_intermediate_states: return h.
-        cp_context: None; `context_parallel_kda` is the op for several devices.
         use_graph: accepted for FLA's sake, without effect: under `jit` one program serves every cu_seqlens.
         chunk_offsets: int32 or int64 [N + 1] of `prepare_chunk_offsets`, or None; without effect.
         storage_dtype: round to it what FLA's kernels store in k's dtype (Aqk, Akk, w, u, qg, kg, v_new, h)
             and the operands that they round before a product; None keeps the arithmetic's dtype.
         output_dtype: the dtype of o; None is v's.
-        transpose_state_layout: the deprecated name of `state_v_first`.
 
     Returns:
         `ChunkKDAForward`. o has `output_dtype`; final_state and g have the arithmetic's; the others have

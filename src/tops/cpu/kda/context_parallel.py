@@ -70,11 +70,9 @@ def context_parallel_kda(
     one. `output_final_state` takes an all-reduce of N * HV * K * V values besides.
 
     Args:
-        q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, safe_gate, lower_bound,
-        state_v_first, cu_seqlens, chunk_size, A_log, dt_bias: as for `chunk_kda`. The arrays are the whole
-            ones, [B, T, ...]; where they do not lie on the mesh with T over `axis_name`, JAX moves them.
-            `cu_seqlens` counts tokens of the whole T: a sequence may begin and end on any device.
+        q, k, v, g, beta, ...: what is not named below is as for `chunk_kda`. The arrays are the whole ones,
+            [B, T, ...]; where they do not lie on the mesh with T over `axis_name`, JAX moves them.
+        cu_seqlens: as there, of the whole T: a sequence may begin and end on any device.
         mesh: a `jax.sharding.Mesh`.
         axis_name: the mesh axis that T is sharded over; its P devices divide T.
         batch_axis_name, head_axis_name: mesh axes that B, and H and HV together, are sharded over too; their

@@ -45,9 +45,10 @@ def fused_recurrent_kda(
         o_t = scale * q_t^T S_t
 
     Args:
-        As for `chunk_kda`, without its chunks; without `output_dtype`, o has v's dtype, and beta may be
-        [B, T, HV, V], one for each value channel. One token of each of N sequences is a call with
-        cu_seqlens = arange(N + 1) or, faster still, a dense call with B = N and T = 1.
+        q, k, v, g, ...: what is not named below is as for `chunk_kda`. One token of each of N sequences is a
+            call with cu_seqlens = arange(N + 1) or, faster still, a dense call with B = N and T = 1.
+        beta: [B, T, HV], or [B, T, HV, V], one for each value channel.
+        output_dtype: the dtype of o; None is v's.
         return_intermediate_states: return the state after every token, too.
 
     Returns:
@@ -162,9 +163,7 @@ def fused_recurrent_kda_fwd(
     """`fused_recurrent_kda` for a server, whose sequences have their states in a pool.
 
     Args:
-        q, k, v, g, beta, A_log, dt_bias, scale, state_v_first, cu_seqlens, use_qk_l2norm_in_kernel,
-            use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound: as for
-            `fused_recurrent_kda`.
+        q, k, v, g, beta, ...: what is not named below is as for `fused_recurrent_kda`.
         initial_state: with `ssm_state_indices` the pool [P, HV, K, V], else [N, HV, K, V] or None for zeros.
         output_final_state: whether to return the final states where they do not replace the initial ones.
         inplace_final_state: return `initial_state` with the new states in place of the old. Nothing is

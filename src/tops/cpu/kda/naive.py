@@ -105,8 +105,8 @@ def naive_chunk_kda(
     with D(i<-j) = exp(g_{j+1} + ... + g_i), a factor a channel. A chunk's decays take [C, C, K] a head.
 
     Args:
+        q, k, v, g, beta, ...: what is not named below is as for `naive_recurrent_kda`.
         chunk_size: C, at least 1.
-        The others are as for `naive_recurrent_kda`.
 
     Returns:
         What `naive_recurrent_kda` returns.
