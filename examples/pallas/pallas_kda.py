@@ -109,7 +109,8 @@ def specs(H, HV, K, V, C, at):
     """The blocks of a program's arrays by kind; program (n, head, c) of the grid is for the chunk `at(c)`."""
 
     def tokens(heads, *channels):
-        return pl.BlockSpec((None, C, None, *channels), lambda n, h, c: (n, at(c), h // (HV // heads), 0))
+        block = (None, C, None, *channels)
+        return pl.BlockSpec(block, lambda n, h, c: (n, at(c), h // (HV // heads), 0))
 
     state = pl.BlockSpec((None, None, K, V), lambda n, h, c: (n, h, 0, 0))
     states = pl.BlockSpec((None, None, None, K, V), lambda n, h, c: (n, at(c), h, 0, 0))
