@@ -26,12 +26,15 @@ def run(*command, **environment):
     return done.stdout
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 def test_on_eight_devices():
     tests = str(TESTS / "devices" / "on_eight_devices.py")
-    print(run("-m", "pytest", "-q", tests, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    print(run("-m", "pytest", "-q", tests, XLA_FLAGS=flags))
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 def test_processes_give_the_bits_of_devices():
     """2 and 4 processes against 2 and 4 devices of one process, and all against one device."""
