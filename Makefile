@@ -23,7 +23,7 @@ test-all: $(VENV)/.installed
 	$(PYTEST) -m 'unoptimized and not long' --unoptimized
 	$(PYTEST) -m 'not unoptimized and not long'
 
-# Every case of FLA's own suite, the large ones too.
+# FLA's own suite, the large cases too.
 test-fla-suite: $(VENV)/.installed
 	$(PYTEST) tests/test_fla_suite.py tests/test_fla_suite_tokens.py
 

@@ -1,7 +1,7 @@
 """The calls of `chunk_kda` in FLA's own suite: the same shapes, dtypes, options and tolerances.
 
-`make test-fla-suite` computes every case. CI computes the small ones, and traces the calls of some others:
-nothing is refused, and every result and gradient has its shape and dtype.
+`make test-fla-suite` computes every case but two. CI computes the small ones, and traces the calls of some
+others: nothing is refused, and every result and gradient has its shape and dtype.
 """
 
 import jax
@@ -155,13 +155,11 @@ def test_chunk_kda_with_states_of_the_other_layout(B, T, H, D):
     assert_near(gradients(turned, given), gradients(op, given), 1e-4)
 
 
-RAW_BETA = [(1, 8192, 96, 128, BF16, 1), (1, 8192, 96, 128, BF16, 2), (2, 96, 2, 64, F16, 2)]
-
-
-@pytest.mark.parametrize(("B", "T", "H", "D", "dtype", "factor"), cases(RAW_BETA))
-def test_chunk_kda_with_a_raw_beta(B, T, H, D, dtype, factor):
+# FLA's two of B=1, T=8192, H=96, D=128 are traced alone, below: their gradients take gigabytes.
+@pytest.mark.parametrize(("B", "T", "H", "D", "factor"), cases([(2, 96, 2, 64, 2)]))
+def test_chunk_kda_with_a_raw_beta(B, T, H, D, factor):
     """Results and gradients to 1e-4 of those with its sigmoid in float32, or twice that."""
-    given = drawn(shapes(B, T, H, H, D, dtype))
+    given = drawn(shapes(B, T, H, H, D, F16))
     given["beta"] = np.log(given["beta"] / (1 - given["beta"]))
     options = NEGATIVE if factor == 2 else dict(use_beta_sigmoid_in_kernel=True)
 
