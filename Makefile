@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-distributed test test-all test-fla-suite test-oldest fuzz mutants coverage test-fla \
+.PHONY: demo demo-distributed test test-all test-long test-oldest fuzz mutants coverage test-fla \
   test-fla-all conformance bench lint docs build figures clean
 
 demo: $(VENV)/.installed
@@ -23,9 +23,9 @@ test-all: $(VENV)/.installed
 	$(PYTEST) -m 'unoptimized and not long' --unoptimized
 	$(PYTEST) -m 'not unoptimized and not long'
 
-# FLA's own suite, the large cases too.
-test-fla-suite: $(VENV)/.installed
-	$(PYTEST) tests/test_fla_suite.py tests/test_fla_suite_tokens.py
+# What is too long for every change: the large cases of FLA's own suite, every faulty backward in bfloat16.
+test-long: $(VENV)/.installed
+	$(PYTEST) -m long --unoptimized
 
 # The fast tier on the oldest JAX that pyproject.toml allows.
 OLDEST = $(shell sed -n 's/.*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)

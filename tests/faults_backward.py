@@ -252,7 +252,7 @@ def beta_twice(m):
     m.beta_in = m.beta**2
 
 
-@fault("7 WY", "near_keys")
+@fault("7 WY", "converged")
 def residual_in_16_bits(m):
     """beta's gradient is that of v - k_in S, which is little where the state answers v."""
     G = np.concatenate([np.exp2(g) for g in by_chunk(m.g)], axis=1)
@@ -351,31 +351,31 @@ def dk_not_finite_once(m):
 # The gate.
 
 
-@fault("9 gate", "sigmoid")
+@fault("9 gate", "sigmoid_batch")
 def dA_of_one_row_of_the_batch(m):
     m.dA = writable(kda.kda_gate_bwd(m.g_org[:1], m.A_log, m.dt_bias, m.dyg[:1], m.bound)[1])
 
 
-@fault("9 gate", "sigmoid")
+@fault("9 gate", "sigmoid_batch")
 def dbias_of_one_row_of_the_batch(m):
     m.dbias = writable(kda.kda_gate_bwd(m.g_org[:1], m.A_log, m.dt_bias, m.dyg[:1], m.bound)[2])
 
 
-@fault("9 gate", "softplus")
+@fault("9 gate", "sigmoid_batch")
 def dA_of_its_exponential(m):
     m.dA = m.dA / np.exp(m.A_log)
 
 
-@fault("9 gate", "softplus")
+@fault("9 gate", "sigmoid_batch")
 def dbias_with_the_other_sign(m):
     m.dbias = -m.dbias
 
 
-@fault("9 gate", "sigmoid")
+@fault("9 gate", "sigmoid_batch")
 def dg_without_A(m):
     m.dg = m.dg / np.exp(m.A_log)[:, None]
 
 
-@fault("9 gate", "sigmoid")
+@fault("9 gate", "sigmoid_batch")
 def dA_of_the_other_head(m):
     m.dA = m.dA[[1, 0, 2, 3]]

@@ -1,6 +1,6 @@
 """The calls of `chunk_kda` in FLA's own suite: the same shapes, dtypes, options and tolerances.
 
-`make test-fla-suite` computes every case but two. CI computes the small ones, and traces the calls of some
+`make test-long` computes every case but two. CI computes the small ones, and traces the calls of some
 others: nothing is refused, and every result and gradient has its shape and dtype.
 """
 

@@ -1,6 +1,6 @@
 """The calls of the token ops and gates in FLA's own suite: the same shapes, dtypes, options and tolerances.
 
-`make test-fla-suite` computes every case, CI the small ones.
+`make test-long` computes every case, CI the small ones.
 """
 
 import jax

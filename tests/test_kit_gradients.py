@@ -19,7 +19,7 @@ from tops.cpu.kda.testing.__main__ import main
 from tops.cpu.kda.testing.gradients import BETWEEN, gradient_truth, names
 
 pytestmark = pytest.mark.unoptimized
-slow = pytest.mark.slow
+slow, long = pytest.mark.slow, pytest.mark.long
 DTYPES = [np.dtype(np.float32), np.dtype(jnp.bfloat16)]
 GRADIENT_OF = {name: f"d{name}" for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")}
 GRADIENT_OF |= dict(initial_state="d_initial_state")
@@ -32,16 +32,27 @@ FEW_FAULTS = (
 )
 
 
+# FLA's own order of operations errs as much in 16 bits.
+SHOWN_IN_FLOAT32_ALONE = ("residual_in_16_bits",)
+
+
+def marks_of(name, dtype):
+    if dtype != np.float32 and name not in FEW_FAULTS:
+        return [slow, long]
+    return [] if name in FEW_FAULTS and dtype == np.float32 else [slow]
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
         pytest.param(
             *(name, dtype),
-            marks=[] if name in FEW_FAULTS and dtype == np.float32 else slow,
+            marks=marks_of(name, dtype),
             id=f"{name}-{dtype}",
         )
         for name in FAULTS
         for dtype in DTYPES
+        if dtype == np.float32 or name not in SHOWN_IN_FLOAT32_ALONE
     ],
 )
 def test_flags_what_is_wrong_and_names_its_stage(name, dtype):
@@ -55,12 +66,8 @@ def test_flags_what_is_wrong_and_names_its_stage(name, dtype):
     ("dtype", "cases"),
     [
         (DTYPES[0], "dense,weak,beta_0_1"),
-        *(
-            pytest.param(
-                dtype, "dense,weak,uneven,near_keys,packed,packed_aligned,sigmoid,softplus", marks=slow
-            )
-            for dtype in DTYPES
-        ),
+        pytest.param(DTYPES[0], "uneven,near_keys,converged,packed,sigmoid_batch", marks=slow),
+        pytest.param(DTYPES[1], "weak,uneven,near_keys,converged,packed,sigmoid_batch", marks=[slow, long]),
     ],
 )
 def test_passes_the_same_without_a_fault(dtype, cases):
@@ -71,18 +78,35 @@ def test_passes_the_same_without_a_fault(dtype, cases):
 
 
 @slow
-@pytest.mark.parametrize("op", [kda.chunk_kda, kda.chunk_kda_bwd])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        (kda.chunk_kda, "float32"),
+        (kda.chunk_kda, "bfloat16"),
+        *(pytest.param(kda.chunk_kda, dtype, marks=long) for dtype in ("float16", "float64")),
+        *(
+            pytest.param(kda.chunk_kda_bwd, dtype, marks=long)
+            for dtype in ("float32", "bfloat16", "float16", "float64")
+        ),
+    ],
+)
 def test_passes_our_own(op, dtype):
     """`make conformance` runs all cases."""
-    report = check(op, "dense,packed,sigmoid", dtype, gradients=True)
+    report = check(op, "dense,packed,sigmoid_batch", dtype, gradients=True)
     assert report.ok, str(report)
     assert not report.declined
 
 
 @slow
-@pytest.mark.parametrize("op", [kda.naive_recurrent_kda, kda.fused_recurrent_kda])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        (kda.naive_recurrent_kda, "float32"),
+        pytest.param(kda.naive_recurrent_kda, "bfloat16", marks=long),
+        pytest.param(kda.fused_recurrent_kda, "float32", marks=long),
+        pytest.param(kda.fused_recurrent_kda, "bfloat16", marks=long),
+    ],
+)
 def test_passes_the_recurrences_by_autodiff(op, dtype):
     report = check(op, "dense,equal_keys,masks,packed", dtype, gradients=True, adapter=adapters.plain)
     assert report.ok, str(report)
@@ -187,3 +211,13 @@ def test_the_gradients_of_a_case_are_those_of_its_inputs():
         given = {GRADIENT_OF[name] for name in inputs}
         assert set(names(case)) == given
         assert set(names(case, between=True)) == given | set(BETWEEN)
+
+
+@slow
+def test_a_gradient_of_exactly_zero_may_have_the_roundings_of_its_terms():
+    """Where a sequence of one token reads no state, dg is 0: a sum of terms that cancel, about 1 each."""
+    case = CATALOGUE["packed_no_state"]
+    token = case.cu_seqlens[2]
+    _, golden, ours, _ = gradient_truth(case, DTYPES[0])
+    assert not golden["dg"][0, token].any()
+    assert 1e-9 < np.abs(ours["dg"][0, token]).max() < 1e-6

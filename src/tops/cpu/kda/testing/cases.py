@@ -226,6 +226,8 @@ CATALOGUE = {
         Case("softplus_A", "the same without a bias", gate=A),
         Case("sigmoid", "a raw gate, -5 sigmoid(exp(A_log) (g + dt_bias)), packed: not 0 past an end",
              gate=A_BIAS, lower_bound=-5.0, cu_seqlens=RAGGED, **PACKED),
+        Case("sigmoid_batch", "the same in a batch, which the gradients of A_log and dt_bias are summed over",
+             gate=A_BIAS, lower_bound=-5.0),
         Case("sigmoid_alone", "-5 sigmoid(g): neither A_log nor dt_bias", lower_bound=-5.0),
         Case("raw", "everything raw: l2norm (zero keys too), gate, 2 sigmoid(beta)", gate=A_BIAS, raw=True),
         Case("raw_beta", "l2norm and plain sigmoid(beta), g a log decay", raw=True, allow_neg_eigval=False),
