@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo demo-distributed test test-all test-long test-oldest fuzz mutants coverage test-fla \
-  test-fla-all conformance bench lint docs build figures clean
+  test-fla-all conformance bench peers lint docs build figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tops.cpu.kda
@@ -59,6 +59,11 @@ conformance: $(VENV)/.installed
 	  $(BIN)/python -m tops.cpu.kda.testing check tops.cpu.kda:chunk_kda --case '*raw*' --dtype $$dtype || exit 1; \
 	done
 
+# The kit on KDA of other libraries, in about ten minutes: docs/peers.md. Ends with 1 where something new is flagged.
+peers: $(VENV)-bench/.installed $(VENV)-fla/.installed $(VENV)-mlx/.installed
+	$(VENV)-bench/bin/python peers/run.py \
+	  --bench $(VENV)-bench/bin/python --mlx $(VENV)-mlx/bin/python --fla $(VENV)-fla/bin/python
+
 # The peers need Python >= 3.12 and its JAX; --other and --fla time what the other environments have.
 bench: $(VENV)/.installed $(VENV)-bench/.installed
 	$(VENV)-bench/bin/python benchmarks/run.py --other $(BIN)/python --fla $(VENV)-fla/bin/python
@@ -103,5 +108,10 @@ $(VENV)-bench/.installed: pyproject.toml
 	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@
 
+$(VENV)-mlx/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-mlx
+	$(VENV)-mlx/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[mlx]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-fla $(VENV)-bench $(VENV)-docs .venv-newest .venv-oldest site dist
+	rm -rf $(VENV) $(VENV)-fla $(VENV)-bench $(VENV)-mlx $(VENV)-docs .venv-newest .venv-oldest site dist

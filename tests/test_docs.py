@@ -114,7 +114,7 @@ def test_names_in_backticks_are_names_of_the_source(page):
 def test_adapters_of_other_libraries():
     """The page shows those that `make peers` runs, each of at most 8 lines."""
     (shown,) = (text for text in WALK if "def tokamax" in text)
-    assert shown in (ROOT / "peers" / "kernels.py").read_text()
+    assert shown in (ROOT / "peers" / "libraries.py").read_text()
     for function in shown.strip().split("\n\n\n"):
         lines = [line for line in function.splitlines()[1:] if line.strip()]
         assert len(lines) <= 8, function

@@ -3,7 +3,11 @@
 A function returns the kernel, and `check`'s arguments for it.
 """
 
+import sys
 from functools import partial
+from pathlib import Path
+
+import numpy as np
 
 from tops.cpu.kda.testing import adapters as a
 
@@ -35,3 +39,25 @@ def mlx_lm():  # 0.32.2
         return gated_delta_ops(**{name: mx.array(x) for name, x in inputs.items()})
 
     return kernel, dict(adapter=adapter, arrays="numpy")
+
+
+def tokamax_chunked():  # takes whole chunks where it is not packed
+    kernel, options = tokamax("xla_chunked")
+
+    def adapter(fn):
+        packed = options["adapter"](fn)
+        dense = a.padded(64)(packed)
+        return lambda **inputs: (packed if "cu_seqlens" in inputs else dense)(**inputs)
+
+    return kernel, dict(adapter=adapter)
+
+
+def fla_core():  # 0.6.0, in Triton's interpreter where there is no GPU
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fla"))
+    import kernels
+
+    def kernel(**inputs):
+        with np.errstate(all="ignore"):  # lanes that are masked away overflow
+            return kernels.kda.chunk_kda(**inputs)
+
+    return kernel, dict(arrays="torch")
