@@ -18,7 +18,7 @@ from .. import (
 )
 from ..activations import Activations, activate
 from ..rounding import storage
-from .compare import SAFE, largest_sum
+from .compare import SAFE, largest_sum, summed
 from .golden import FAST_COMPILE, STAGES, Truth, cast, gates
 from .tiers import EXACT, farthest, tiered
 
@@ -91,24 +91,23 @@ def judge_gradients(case, inputs, dtype, saved=False, tier=EXACT):
 def roundings_of_dg(case, inputs, golden, dtype):
     """{gradient: what it may err by at least}, of dg and of what is made of it.
 
-    Kernels make dg as a sum, from a chunk's end back, of q dq - k dk, whose terms cancel: where no state is
-    read, as in a sequence of one token, to exactly 0. The terms' own roundings stay.
+    Kernels make dg as a sum back over a chunk of q dq - k dk, whose terms cancel: where no state is read, as
+    in a sequence of one token, to exactly 0. What stays are the roundings of the terms, here over as many
+    tokens as a chunk has, of whichever sequence: chunks that do not start with the sequences are a
+    kernel's right.
     """
     terms = np.abs(inputs["q"] * golden["dq"]) + np.abs(inputs["k"] * golden["dk"])
-    terms = np.repeat(terms, case.HV // case.H, axis=2)
-    sums = np.zeros_like(terms)
-    for _, row, _, first, end in case.chunks:
-        sums[row, first:end] = np.flip(np.flip(terms[row, first:end], 0).cumsum(0), 0)
-    sums *= float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).eps) / 2
-    made = dict(dg=sums)
+    before = np.pad(terms.cumsum(axis=1), ((0, 0), (1, summed(case)), (0, 0), (0, 0)), mode="edge")
+    before[:, 0] = 0
+    sums = np.repeat(before[:, summed(case) :] - before[:, : -summed(case)], case.HV // case.H, axis=2)
+    sums = sums[:, : case.T] * float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).eps) / 2
+    made = dict(dg=sums, dG_wy=sums, dG=sums)
     if case.is_gate_raw:
         gate = (inputs.get(name) for name in ("A_log", "dt_bias"))
         with jax.enable_x64(True):
             raw = kda_gate_bwd(inputs["g"], *gate, sums, case.lower_bound)
-        made = dict(
-            zip(("dg", "dA_log", "ddt_bias"), (None if x is None else np.abs(x) for x in raw), strict=True)
-        )
-    made |= {name: sums for name in ("dG_wy", "dG") if name in golden}
+        raw = dict(zip(("dg", "dA_log", "ddt_bias"), raw, strict=True))
+        made |= {name: np.abs(x) for name, x in raw.items() if x is not None}
     return {name: x for name, x in made.items() if name in golden}
 
 
