@@ -82,8 +82,8 @@ def judge_gradients(case, inputs, dtype, saved=False, tier=EXACT):
     ours = farthest(golden, list(map(case.standard, (ours, *others))))
     scale = 2.0**-28 if dtype == np.float64 else 1.0
     error = {name: scale * np.abs(ours[name] - x) for name, x in golden.items()}
-    for name, rounded in roundings_of_dg(case, wide, golden, dtype).items():
-        error[name] = np.maximum(error[name], rounded)
+    for name, least in roundings_of_dg(case, wide, golden, dtype).items():
+        error[name] = np.maximum(error[name], least)
     ours = {name: x + error[name] for name, x in golden.items()}
     return Truth(inputs, golden, ours, largest_sum(case, gates(case, inputs)))
 
