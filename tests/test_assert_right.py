@@ -79,14 +79,28 @@ def test_gradients(states):
         assert_right(gradients | dict(dbeta=0.5 * gradients["dbeta"]), *tokens, **given)
 
 
+def test_what_is_not_read_and_what_is_implied():
+    """The state that a result holds needs no flag, and a gate's parameters without the gate are not read."""
+    tokens, _ = call("dense")
+    o, final_state = kda.chunk_kda(*tokens, output_final_state=True)
+    assert_right((o, final_state), *tokens)
+    assert_right(o, *tokens, A_log=np.zeros(4, np.float32), lower_bound=-5.0)
+    assert_right(o, *tokens, scale=np.array(32**-0.5), chunk_size=np.int64(64))
+
+
 def test_bad_input():
     tokens, _ = call("dense")
-    o = np.zeros_like(tokens[2])
+    o, few = np.zeros_like(tokens[2]), "o, final_state, g, .*"
     for message, result, more in (
         (r"options: expected some of initial_state, A_log, .*, got 'chunk'", o, dict(chunk=64)),
         (r"chunk_size: expected one of \(16, 32, 64, 128\), got 7", o, dict(chunk_size=7)),
-        (r"result: expected a dict of some of dv, dq, .*, got tuple", (o,), dict(do=o)),
+        (rf"result: expected some of {few}, got NoneType", None, {}),
+        (rf"result: expected some of {few}, got \['O'\]", dict(O=o), {}),
+        (rf"result: expected some of {few}, got \['dq'\]; gradients are judged with do", dict(dq=o), {}),
+        (r"result: expected a dict of some of dv, .*, got tuple", (o,), dict(do=o)),
         (r"result: expected a dict of some of .*, got \['dA_log'\]", dict(dA_log=o), dict(do=o)),
+        (r"do: expected the shape \(2, 150, 4, 24\), got \(24,\)", dict(dq=o), dict(do=o[0, 0, 0])),
+        (r"dht: expected do beside it, the cotangent of o, got None", o, dict(dht=o)),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             assert_right(result, *tokens, **more)

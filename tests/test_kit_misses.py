@@ -149,7 +149,7 @@ def test_partial_stages_are_judged():
     assert report.ok, str(report)
     assert report.candidate == "mine"
     assert [row.tensor for row in report.rows] == ["g", "final_state", "o"]
-    assert report.missed == ["Aqk", "Akk", "w", "u", "qg", "kg", "v_new", "h"]
+    assert report.missed == ["Aqk", "Akk", "w", "u", "qg", "kg", "h", "v_new"]
     report = check(part, "dense", arrays="numpy", stages=True, tensors=("g", "Aqk"))
     assert [(row.tensor, row.note) for row in report.rows] == [("g", ""), ("Aqk", "was not returned")]
     assert "missing, or not as it should be, in dense" in report.verdict
@@ -170,13 +170,17 @@ def test_a_case_of_ones_own():
     for wrong, message in {
         "HV: expected a multiple of H=2, got 3": dict(HV=3),
         "T: expected an integer of at least 1, got 0": dict(T=0),
-        "cu_seqlens: expected ends that rise from 0 to at most T=10, got \\(0, 11\\)": dict(
+        "cu_seqlens: expected a tuple of integers that rise from 0 to at most T=10, got \\(0, 11\\)": dict(
             B=1, T=10, cu_seqlens=(0, 11)
         ),
         "B: expected 1, which holds the packed sequences, got 2": dict(cu_seqlens=(0, 5)),
         "regime: expected one of logsigmoid, .*, got 'mild'": dict(regime="mild"),
         "gate: expected A_log unless lower_bound is given, got \\('dt_bias',\\)": dict(gate=("dt_bias",)),
         "state: expected a number, for v to answer, got None": dict(regime="converged", state=None),
+        "chunk_size: expected one of \\(16, 32, 64, 128\\), got 48": dict(chunk_size=48),
+        "scale: expected a number or None, got 'x'": dict(scale="x"),
+        "bits: expected one of causality, .*, got 'all'": dict(bits="all"),
+        "B: expected more than 1, for neighbours, got 1": dict(bits="neighbours", B=1),
     }.items():
         with pytest.raises(ValueError, match=f"^Case 'mine': {wrong}$"):
             Case("mine", "", **message)

@@ -65,7 +65,7 @@ def parse(argv):
     four = command("cases", run_cases, "Lists the catalogue.")
     for sub in (one, three, four):
         sub.add_argument(
-            "--case", metavar="PATTERN", help='as in "packed*,gva" or "!masks,!resets"; all by default'
+            "--case", metavar="PATTERN", help='as in "packed*,odd" or "!masks,!resets"; all by default'
         )
     for sub in (one, two):
         sub.add_argument("--products", choices=PRODUCTS, help="what products of float32 matrices round to")
@@ -123,7 +123,8 @@ def show(report, path):
 
 def say(text):
     """Progress, on one line that the next call overwrites."""
-    print(f"\r{text:70}", end="" if text else "\r", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\r{text:70}", end="" if text else "\r", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,14 @@ def to_kind(x, kind):
     return to_torch(x) if kind == "torch" else jnp.asarray(x)
 
 
+def as_tuple_or_dict(made):
+    """What a candidate returned, a NamedTuple as a dict."""
+    made = made._asdict() if hasattr(made, "_asdict") else made
+    if not isinstance(made, tuple | list | dict):
+        raise TypeError(f"expected a tuple or a dict of arrays from the kernel, got {type(made).__name__}")
+    return made
+
+
 def to_torch(x):  # pragma: no cover, torch: tests/fla/test_kit.py
     """On the GPU where there is one."""
     import torch

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from .arrays import to_kind, to_numpy
+from .arrays import as_tuple_or_dict, to_kind, to_numpy
 from .gradients import FIELDS, OF
 
 NOT_DIFFERENTIATED = ("cu_seqlens",)
@@ -25,10 +25,13 @@ def gradients_of(fn, arrays):
         fixed = {name: inputs.pop(name) for name in NOT_DIFFERENTIATED if name in inputs}
 
         def outputs(given):
-            made = fn(**given, **fixed, **options)
-            made = made._asdict() if hasattr(made, "_asdict") else made
-            made = (made["o"], made["final_state"]) if isinstance(made, dict) else made
-            return list(made)[: len(cotangents)]
+            made = as_tuple_or_dict(fn(**given, **fixed, **options))
+            made = [made.get("o"), made.get("final_state")] if isinstance(made, dict) else list(made)
+            made = [x for x in made[: len(cotangents)] if x is not None]
+            if len(made) < len(cotangents):
+                expected = "o" if len(cotangents) == 1 else "o and final_state"
+                raise TypeError(f"expected {expected} from the kernel, got {len(made)} of them")
+            return made
 
         made = pull(outputs, inputs, cotangents)
         return {name: to_numpy(made[of]) for name, of in OF.items() if of in made}
@@ -62,6 +65,8 @@ def gradients_by(fn):
         states = {name: given.pop(name, None) for name in ("initial_state", "dht")}
         made = fn(**given, **states, **saved, **options, g_org=g_org)
         if not isinstance(made, dict):
+            if len(made) != len(BACKWARD):
+                raise TypeError(f"expected {', '.join(BACKWARD)}, or a dict of some, got {len(made)} results")
             made = dict(zip(BACKWARD, made, strict=True))
         return {FLA.get(name, name): x for name, x in made.items()}
 

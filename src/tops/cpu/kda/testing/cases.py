@@ -3,16 +3,17 @@
 import dataclasses
 import fnmatch
 import itertools
+import math
 import zlib
 
 import numpy as np
 
+from ..checks import CHUNK_SIZES
 from .regimes import FURTHER, REGIMES, draw
 from .where import OF_CHUNKS, STATES
 
-VERSION = 1  # of the catalogue: goes up when a name comes to mean other numbers
-
 VERSION = 2  # of the catalogue: goes up when a name comes to mean other numbers
+BITS = ("causality", "neighbours", "containment", "determinism")  # the checks of `bits`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +42,39 @@ class Case:
     bits: str | None = None  # a check of `bits`, in place of a comparison with the golden
 
     def __post_init__(self):
-        sizes = {name: getattr(self, name) for name in ("B", "T", "H", "HV", "K", "V", "chunk_size")}
+        sizes = {name: getattr(self, name) for name in ("B", "T", "H", "HV", "K", "V")}
         for name, size in sizes.items():
-            require(isinstance(size, int) and size >= 1, self.name, name, "an integer of at least 1", size)
-        require(self.HV % self.H == 0, self.name, "HV", f"a multiple of H={self.H}", self.HV)
+            self._require(type(size) is int and size >= 1, name, "an integer of at least 1")
+        self._require(self.chunk_size in CHUNK_SIZES, "chunk_size", f"one of {CHUNK_SIZES}")
+        self._require(self.HV % self.H == 0, "HV", f"a multiple of H={self.H}")
         known = ("logsigmoid", *REGIMES, *FURTHER)
-        require(self.regime in known, self.name, "regime", f"one of {', '.join(known)}", self.regime)
-        ends = self.cu_seqlens
-        if ends is not None:
-            require(self.B == 1, self.name, "B", "1, which holds the packed sequences", self.B)
-            rises = len(ends) > 1 and ends[0] == 0 and all(a <= b for a, b in itertools.pairwise(ends))
-            rises = rises and ends[-1] <= self.T
-            require(rises, self.name, "cu_seqlens", f"ends that rise from 0 to at most T={self.T}", ends)
-        if "A_log" not in self.gate:
-            gates = not self.gate or self.lower_bound is not None
-            require(gates, self.name, "gate", "A_log unless lower_bound is given", self.gate)
+        self._require(self.regime in known, "regime", f"one of {', '.join(known)}")
+        for name in ("scale", "state", "lower_bound"):
+            number = getattr(self, name)
+            self._require(number is None or is_finite(number), name, "a number or None")
+        if self.cu_seqlens is not None:
+            self._check_packing()
+        gates = isinstance(self.gate, tuple) and set(self.gate) <= {"A_log", "dt_bias"}
+        self._require(gates, "gate", "a tuple of some of A_log, dt_bias")
+        bounded = "A_log" in self.gate or not self.gate or self.lower_bound is not None
+        self._require(bounded, "gate", "A_log unless lower_bound is given")
         has_state = self.state is not None or self.regime != "converged"
-        require(has_state, self.name, "state", "a number, for v to answer", self.state)
+        self._require(has_state, "state", "a number, for v to answer")
+        self._require(self.bits is None or self.bits in BITS, "bits", f"one of {', '.join(BITS)}")
+        in_batch = self.bits == "neighbours" or (self.bits == "containment" and self.cu_seqlens is None)
+        self._require(not in_batch or self.B > 1, "B", f"more than 1, for {self.bits}")
+
+    def _check_packing(self):
+        self._require(self.B == 1, "B", "1, which holds the packed sequences")
+        ends = self.cu_seqlens
+        whole = isinstance(ends, tuple) and len(ends) > 1 and all(type(end) is int for end in ends)
+        rises = whole and ends[0] == 0 and all(a <= b for a, b in itertools.pairwise(ends))
+        expected = f"a tuple of integers that rise from 0 to at most T={self.T}"
+        self._require(rises and ends[-1] <= self.T, "cu_seqlens", expected)
+
+    def _require(self, holds, name, expected):
+        if not holds:
+            raise ValueError(f"Case {self.name!r}: {name}: expected {expected}, got {getattr(self, name)!r}")
 
     @property
     def sequences(self):
@@ -163,9 +180,8 @@ class Case:
         return options
 
 
-def require(holds, case, name, expected, got):
-    if not holds:
-        raise ValueError(f"Case {case!r}: {name}: expected {expected}, got {got!r}")
+def is_finite(x):
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def normal(rng, *shape):

@@ -198,8 +198,9 @@ def compare(case, tensor, x, golden, ours, dtype, multiple=MULTIPLE, gate_sum=0.
     worst = {name: int(n) for name, n in (worst | dict(chunk=block.chunk, offset=offset)).items()}
     if tensor in STATES:
         worst["channel"] = divmod(worst["channel"], case.V)
-    if tensor in OF_HEADS:
-        worst = {name: worst[name] for name in ("head", "channel")}
+    if tensor in OF_HEADS + OF_SEQUENCES:  # of no token
+        where = ("head", "channel") if tensor in OF_HEADS else ("sequence", "head", "channel")
+        worst = {name: worst[name] for name in where}
     start, picture = "", None
     if not ratio <= multiple:
         start = "everywhere, a little"

@@ -11,7 +11,7 @@ from .arrays import to_numpy
 from .cases import Case
 from .compare import MULTIPLE
 from .golden import STAGES, judge
-from .gradients import judge_gradients, names
+from .gradients import OF, judge_gradients, names
 from .judge import judge_tensors
 from .report import Report
 from .run import FIELDS
@@ -55,19 +55,22 @@ def assert_right(result, q, k, v, g, beta, *, do=None, dht=None, multiple=MULTIP
     unknown = options.keys() - {*ARRAYS, *OPTIONS}
     if unknown:
         raise TypeError(f"options: expected some of {', '.join(ARRAYS + OPTIONS)}, got {min(unknown)!r}")
-    inputs = dict(q=q, k=k, v=v, g=g, beta=beta) | {name: options.pop(name, None) for name in ARRAYS}
-    inputs = {name: to_numpy(x) for name, x in inputs.items() if x is not None}
+    if do is None and dht is not None:
+        raise TypeError("dht: expected do beside it, the cotangent of o, got None")
+    given = dict(q=q, k=k, v=v, g=g, beta=beta) | {name: options.pop(name, None) for name in ARRAYS}
+    if not options.get("use_gate_in_kernel"):  # what is not read without
+        given |= dict(A_log=None, dt_bias=None)
+        options.pop("lower_bound", None)
+    inputs = {name: to_numpy(x) for name, x in given.items() if x is not None}
+    options["output_final_state"] = do is None or dht is not None
     case, dtype = call_of(inputs, options)
     if do is None:
-        made = fields_of(result)
-        stages = not made.keys() <= {"o", "final_state"}
+        made = fields_of(result, case)
         known = judge(case, inputs, dtype)
     else:
-        cotangents = dict(do=do) if dht is None else dict(do=do, dht=dht)
-        inputs |= {name: to_numpy(x) for name, x in cotangents.items()}
-        made, stages = gradients_in(result, case), False
-        known = judge_gradients(case, inputs, dtype)
-    rows = judge_tensors(case, made, known, dtype, multiple)
+        made = gradients_in(result, case)
+        known = judge_gradients(case, inputs | cotangents(case, do, dht), dtype)
+    stages = not made.keys() <= {"o", "final_state", *OF}
     rows = judge_tensors(case, made, known, dtype, multiple)
     report = Report("the kernel", dtype.name, multiple, stages, rows, [])
     assert report.ok, str(report)
@@ -75,18 +78,21 @@ def assert_right(result, q, k, v, g, beta, *, do=None, dht=None, multiple=MULTIP
 
 def call_of(inputs, options):
     """The `Call`, and the kernel's dtype; what `chunk_kda` refuses is refused."""
+    arrays = dict(inputs)
+    packing = {name: arrays.pop(name) for name in ("cu_seqlens",) if name in arrays}
     with jax.enable_x64(True):
-        jax.eval_shape(partial(chunk_kda, **options), **inputs)
+        jax.eval_shape(partial(chunk_kda, **packing, **options), **arrays)
         dtype = np.dtype(checks.storage(inputs["q"].dtype, "q"))
     B, T, H, K = inputs["q"].shape
     HV, V = inputs["v"].shape[2:]
-    cu_seqlens = inputs.get("cu_seqlens")
+    options["scale"] = checks.scale_or(options.get("scale"), K**-0.5)
+    options["chunk_size"] = int(options.get("chunk_size", 64))
     case = Call(
         "call",
         "inputs at hand",
         *("logsigmoid", B, T, H, HV, K, V),
-        chunk_size=options.get("chunk_size", 64),
-        cu_seqlens=None if cu_seqlens is None else tuple(map(int, cu_seqlens)),
+        chunk_size=options["chunk_size"],
+        cu_seqlens=tuple(map(int, packing["cu_seqlens"])) if packing else None,
         state=1.0 if "initial_state" in inputs else None,
         state_v_first=options.get("state_v_first", False),
         gate=tuple(name for name in ("A_log", "dt_bias") if name in inputs),
@@ -97,20 +103,42 @@ def call_of(inputs, options):
     return case, dtype
 
 
-def fields_of(result):
+def cotangents(case, do, dht):
+    """do and dht by name, as NumPy's, of the shapes of o and of the final state."""
+    state = (case.V, case.K) if case.state_v_first else (case.K, case.V)
+    shapes = dict(do=(case.B, case.T, case.HV, case.V), dht=(len(case.sequences), case.HV, *state))
+    made = {name: to_numpy(x) for name, x in dict(do=do, dht=dht).items() if x is not None}
+    for name, x in made.items():
+        if x.shape != shapes[name]:
+            raise ValueError(f"{name}: expected the shape {shapes[name]}, got {x.shape}")
+    return made
+
+
+def fields_of(result, case):
     """{tensor: NumPy array} of what is there of a result."""
     result = result._asdict() if hasattr(result, "_asdict") else result
     if hasattr(result, "shape"):
         result = dict(o=result)
-    if not isinstance(result, dict):
+    if isinstance(result, tuple | list):
         result = dict(zip(FIELDS, result, strict=False))
-    return {name: to_numpy(result[name]) for name in STAGES if result.get(name) is not None}
+    known = ("o", "final_state") if case.raw else FIELDS
+    named = isinstance(result, dict) and result.keys() <= set(FIELDS)
+    made = {name: to_numpy(result[name]) for name in STAGES if result.get(name) is not None} if named else {}
+    if not made or not made.keys() <= set(known):
+        got = sorted(made or result, key=str) if isinstance(result, dict) else type(result).__name__
+        hint = "; gradients are judged with do" if do_is_missing(result) else ""
+        raise TypeError(f"result: expected some of {', '.join(known)}, got {got}{hint}")
+    return made
+
+
+def do_is_missing(result):
+    return isinstance(result, dict) and any(name in OF for name in result)
 
 
 def gradients_in(result, case):
     """{gradient: NumPy array} of a dict of them."""
     known = names(case)
     if not isinstance(result, dict) or not result or not result.keys() <= set(known):
-        got = sorted(result) if isinstance(result, dict) else type(result).__name__
+        got = sorted(result, key=str) if isinstance(result, dict) else type(result).__name__
         raise TypeError(f"result: expected a dict of some of {', '.join(known)}, got {got}")
     return {name: to_numpy(x) for name, x in result.items()}

@@ -20,8 +20,8 @@ STAGES = dict(
     u="2 WY",
     qg="2 WY",
     kg="2 WY",
-    v_new="3 state",
     h="3 state",
+    v_new="3 state",
     final_state="3 state",
     o="4 output",
 )

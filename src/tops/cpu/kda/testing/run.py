@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import checks
 from . import adapters
-from .arrays import KINDS, to_kind, to_numpy
+from .arrays import KINDS, as_tuple_or_dict, to_kind, to_numpy
 from .autodiff import gradients_by, gradients_of
 from .bits import bit_rows
 from .cases import select
@@ -138,7 +138,7 @@ def numpy_call(fn, arrays):
 
     def call(**kwargs):
         made = fn(**{name: to_kind(x, arrays) for name, x in kwargs.items()})
-        made = made._asdict() if hasattr(made, "_asdict") else made
+        made = as_tuple_or_dict(made)
         if isinstance(made, dict):
             return {name: to_numpy(x) for name, x in made.items()}
         return tuple(map(to_numpy, made))

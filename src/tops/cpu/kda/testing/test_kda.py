@@ -16,6 +16,9 @@ def pytest_generate_tests(metafunc):
     options = metafunc.config.option
     if options.kda_impl is None:
         raise pytest.UsageError("--kda-impl: expected package.module:function, got nothing")
+    asked, known = tensors(options), convention(options).known
+    if asked is not None and not set(asked) <= set(known):
+        raise pytest.UsageError(f"--kda-tensors: expected some of {', '.join(known)}, got {','.join(asked)}")
     tests = [
         pytest.param(case, tensor, id=f"{case.name}-{tensor}")
         for case in cases(options)

@@ -29,7 +29,7 @@ def start_of(case, tensor, blocks, bad, error, limits):
     everywhere = sequences == {block.sequence for block in blocks}
     which = f"sequence{'s' * (len(sequences) > 1)} {_listed(sequences)}"
     if tensor in OF_SEQUENCES:
-        text = "everywhere" if everywhere else f"the {tensor.replace('_', ' ')} of {which}"
+        text = "everywhere" if everywhere else f"{tensor} of {which}"
     else:
         say = _backwards if backwards else _forwards
         text = say(case, tensor, set(firsts.values()), which, everywhere)
