@@ -23,7 +23,7 @@ test-all: $(VENV)/.installed
 	$(PYTEST) -m 'unoptimized and not long' --unoptimized
 	$(PYTEST) -m 'not unoptimized and not long'
 
-# What is too long for every change: the large cases of FLA's own suite, every faulty backward in bfloat16.
+# What is too long for every change: the large cases of FLA's own suite, more cases of the kit's own tests.
 test-long: $(VENV)/.installed
 	$(PYTEST) -m long --unoptimized
 

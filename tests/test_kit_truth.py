@@ -37,7 +37,14 @@ def test_passes_right_kernels(name):
 
 
 @slow
-@pytest.mark.parametrize("name", [name for name, case in CATALOGUE.items() if not case.bits])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("sigmoid", "packed_raw") else pytest.mark.long)
+        for name, case in CATALOGUE.items()
+        if not case.bits
+    ],
+)
 def test_passes_right_kernels_on_every_draw(name):
     """Token by token, and two kernels of sums a seed, other ones for every seed: 20 where gates decide."""
     assert_passes(name, 1, [("in_order", "nats", 1)])
