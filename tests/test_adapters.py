@@ -338,3 +338,7 @@ def test_words():
         adapters.of("states=NHK")
     with pytest.raises(ValueError, match="activated: expected qk, g or beta, got 'q'"):
         adapters.of("activated=q")
+    with pytest.raises(
+        ValueError, match=r"adapter: expected pooled, .* behind all else, got 'tokens=HBTK,plain'"
+    ):
+        adapters.of("tokens=HBTK,plain")

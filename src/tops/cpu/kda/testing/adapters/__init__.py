@@ -99,8 +99,17 @@ WORDS_WITH_VALUES = {
 EXPECTED = ", ".join([*WORDS, "activated=beta", "states=NHVK", "tokens=HBTK", "segments=1", "padded=64"])
 
 
+LAYOUTS = ("pooled", "states", "tokens", "head_first")  # each reads a call in FLA's layout: they come last
+
+
 def of(words):
     """The adapter that comma-separated words name, such as "plain,ungrouped,tokens=HBTK"."""
+    names = [word.strip().partition("=")[0] for word in words.split(",")]
+    places = [1 + LAYOUTS.index(name) if name in LAYOUTS else 0 for name in names]
+    if places != sorted(places):
+        raise ValueError(
+            f"adapter: expected {', '.join(LAYOUTS)} in this order behind all else, got {words!r}"
+        )
     return compose(*map(partial(_of_word, words=words), words.split(",")))
 
 
