@@ -114,6 +114,8 @@ def intra(q, k, a, in_halves=True):
         Aqk[i,j] = sum_d q_i k_j D(i<-j), j <= i      qg = q D(i<-0)      kg = k D(C<-j)
         A[i,j]   = sum_d k_i k_j D(i<-j), j <  i      k_in = k D(i<-0)    decay = D(C<-0)
 
+    The diagonal of Aqk is q_i . k_i, since D(i<-i) = 1; the doubling makes what lies below.
+
     q, k, a = exp(g) [..., C, K]; C a power of two, 16 or more; q is None where nothing is read. With
     `in_halves` the scores are sums of two halves of the channels, as `Intra.read`'s always are: a shorter sum
     rounds less. Returns an `Intra`.

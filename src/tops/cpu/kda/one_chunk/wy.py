@@ -11,6 +11,7 @@ def write(A, beta, r):
 
         e = (I + A beta)^-1 r      v_new = (I + beta A)^-1 beta r
 
+    The two are one, since (I + beta A) beta = beta (I + A beta): a diagonal beta goes from side to side.
     v_new is u - w S without u, w and Akk, and rounds less. Since e is solved for, a gradient of beta needs no
     quotient. A is a `BlockLower`, beta [..., C], r [..., C, V].
     """
