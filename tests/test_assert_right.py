@@ -55,7 +55,7 @@ def test_the_fields_of_the_forward_name_the_stage():
 
 
 @slow
-@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("states", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_gradients(states):
     """With the cotangent of the final state and the initial state's gradient, and without."""
     tokens, options = call("dense")

@@ -43,7 +43,7 @@ LOST_TO_A_HAND_PICKED_TOLERANCE = {
 
 
 pytestmark = pytest.mark.unoptimized
-slow = pytest.mark.slow
+slow, long = pytest.mark.slow, pytest.mark.long
 # One a stage, in float32, and those of which more is asked below: the kit has one way for all.
 FEW_FAULTS = (
     "gate_in_nats",
@@ -86,7 +86,7 @@ def judged(name, dtype):
     [
         pytest.param(
             *(name, dtype),
-            marks=[] if name in FEW_FAULTS and dtype == np.float32 else slow,
+            marks=[slow, long] if dtype != np.float32 else [] if name in FEW_FAULTS else slow,
             id=f"{name}-{dtype}",
         )
         for name in ALL_FAULTS
@@ -100,6 +100,7 @@ def test_flags_what_is_wrong_and_names_its_stage(name, dtype):
 
 
 @slow
+@long
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_hand_picked_tolerance_loses_some_of_them(dtype):
     assert {name for name in ALL_FAULTS if judged(name, dtype)[1]} == LOST_TO_A_HAND_PICKED_TOLERANCE

@@ -67,7 +67,7 @@ def test_flags_what_is_wrong_and_names_its_stage(name, dtype):
     ("dtype", "cases"),
     [
         (DTYPES[0], "dense,weak,beta_0_1"),
-        pytest.param(DTYPES[0], "uneven,near_keys,converged,packed,sigmoid_batch", marks=slow),
+        pytest.param(DTYPES[0], "uneven,near_keys,converged,packed,sigmoid_batch", marks=[slow, long]),
         pytest.param(DTYPES[1], "weak,uneven,near_keys,converged,packed,sigmoid_batch", marks=[slow, long]),
     ],
 )
@@ -83,7 +83,7 @@ def test_passes_the_same_without_a_fault(dtype, cases):
     ("op", "dtype"),
     [
         (kda.chunk_kda, "float32"),
-        (kda.chunk_kda, "bfloat16"),
+        pytest.param(kda.chunk_kda, "bfloat16", marks=long),
         *(pytest.param(kda.chunk_kda, dtype, marks=long) for dtype in ("float16", "float64")),
         *(
             pytest.param(kda.chunk_kda_bwd, dtype, marks=long)
@@ -198,6 +198,7 @@ def test_golden_files_with_gradients(tmp_path, capsys):
 
 
 @slow
+@long
 def test_command_line(capsys):
     assert main(["check", "tops.cpu.kda:chunk_kda", "--gradients", "--case", "one_token"]) == 0
     assert "dq" in capsys.readouterr().out

@@ -108,6 +108,7 @@ def test_a_report_on_too_little_is_not_ok(capsys):
 
 
 @slow
+@pytest.mark.long
 def test_the_catalogue_in_the_sizes_that_a_kernel_takes():
     """One that takes nothing but K = V = 128 is not judged by the catalogue as it is, nor is it wrong."""
     command = ["check", "misses:takes_128_alone", "--arrays", "numpy", "--case", "dense,odd,layer"]

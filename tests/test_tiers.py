@@ -268,6 +268,7 @@ def test_the_state_is_what_the_outermost_scan_over_arrays_carries_first():
 
 
 @slow
+@long
 @pytest.mark.parametrize("tier", [dict(products="TF32_TF32_F32"), dict(state_dtype="bfloat16")], ids=str)
 def test_a_gradient_has_a_tier_too(tier):
     """That of `naive_chunk_kda`, which shares no code with the yardstick, forward and backward rounded."""
