@@ -8,7 +8,7 @@ Bits hang on the machine and on the version of JAX: compare two trees in one sit
 
 import hashlib
 
-import conftest  # noqa: F401  the suite's platform and precision
+import conftest  # noqa: F401  the suite's platform and precision: no pytest loads it for a script
 import jax
 import jax.numpy as jnp
 import numpy as np

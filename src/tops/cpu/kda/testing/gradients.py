@@ -100,6 +100,7 @@ def roundings_of_dg(case, inputs, golden, dtype):
     tokens as a chunk has, of whichever sequence: chunks that do not start with the sequences are a
     kernel's right.
     """
+    # Positive and in float64: a difference of their sums loses nothing that a yardstick needs.
     terms = np.abs(inputs["q"] * golden["dq"]) + np.abs(inputs["k"] * golden["dk"])
     before = np.pad(terms.cumsum(axis=1), ((0, 0), (1, summed(case)), (0, 0), (0, 0)), mode="edge")
     before[:, 0] = 0
