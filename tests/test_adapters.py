@@ -266,6 +266,7 @@ FOREIGN = compose(
 )
 
 
+@pytest.mark.slow
 def test_the_kit_through_a_chain_of_them():
     report = check(foreign, "dense,packed", adapter=FOREIGN, arrays="numpy")
     assert report.ok, str(report)
@@ -329,7 +330,7 @@ def test_words():
     compose(adapters.plain, adapters.ungrouped, adapters.tokens("HBTK"))(kernel)(**arrays, chunk_size=16)
     assert seen[0] == seen[1]
     assert seen[0]["k"] == (4, 2, 150, 32)
-    for words in ("plain,nothing", "tokens", "plain=3", ""):
+    for words in ("plain,nothing", "tokens", "plain=3", "segments=x", ""):
         with pytest.raises(ValueError, match=r"adapter: expected words of plain, .* got "):
             adapters.of(words)
     with pytest.raises(ValueError, match="tokens: expected an order of B, T, H, K"):

@@ -128,6 +128,26 @@ def test_fitted_cases_keep_what_they_are_about():
     assert fit(CATALOGUE["dense"], HV=8).H == 4
     for case in CATALOGUE.values():
         assert fit(case) == case
+    assert fit(CATALOGUE["packed"], states=False).state is None
+    assert fit(CATALOGUE["converged"], states=False) is None
+
+
+def without_states(q, k, v, g, beta, scale):
+    return chunked(q=q, k=k, v=v, g=g, beta=beta, scale=scale)[:1]
+
+
+@slow
+def test_a_kernel_without_states_is_judged_without():
+    report = check(without_states, "dense,converged", arrays="numpy", states=False)
+    assert [row.tensor for row in report.rows] == ["o"]
+    assert report.ok
+    assert report.missed[0] == "states"
+
+
+def test_what_a_convention_cannot_be_asked_is_declined():
+    """A test of one case can skip it."""
+    assert check(kda.chunk_kda, "causality", gradients=True).declined == ["causality"]
+    assert check(kda.chunk_kda_fwd, "raw").declined == ["raw"]
 
 
 def test_says_by_feature_what_is_not_judged():
@@ -158,6 +178,7 @@ def test_partial_stages_are_judged():
         check(part, "dense", tensors=["h0"])
 
 
+@slow
 def test_a_case_of_ones_own():
     """One or many; what cannot be is refused in one line."""
     case = dataclasses.replace(CATALOGUE["dense"], name="mine", V=16)

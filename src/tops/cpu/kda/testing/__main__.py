@@ -48,6 +48,7 @@ def parse(argv):
     for size in SIZES:
         one.add_argument(f"--{size.replace('_', '-')}", type=int, metavar="N", help="of all cases")
     one.add_argument("--aligned", action="store_true", help="every sequence in whole chunks, and no padding")
+    one.add_argument("--no-states", dest="states", action="store_false", help="no states in or out")
     one.add_argument("--gradients", action="store_true", help="judge its gradients, not its results")
     one.add_argument("--adapter", help=f"words of {adapters.EXPECTED}; or package.module:function")
     one.add_argument("--arrays", choices=KINDS, default="jax", help="what the function is given")
@@ -63,7 +64,7 @@ def parse(argv):
     three.add_argument("--dtype", choices=DTYPES, action="append", help="may be given more than once")
     three.add_argument("--gradients", action="store_true", help="with cotangents and gradients")
     four = command("cases", run_cases, "Lists the catalogue.")
-    for sub in (one, three, four):
+    for sub in (one, two, three, four):
         sub.add_argument(
             "--case", metavar="PATTERN", help='as in "packed*,odd" or "!masks,!resets"; all by default'
         )
@@ -84,12 +85,12 @@ def run_check(args):
     options = judging(args) | dict(adapter=adapter(args.adapter), arrays=args.arrays)
     options |= dict(gradients=args.gradients)
     options |= dict(stages=args.stages, tensors=args.tensors and args.tensors.split(","), name=args.name)
-    options |= {size: getattr(args, size) for size in (*SIZES, "aligned")}
+    options |= {size: getattr(args, size) for size in (*SIZES, "aligned", "states")}
     return show(check(load(args.function), args.case, args.dtype, **options), args.html)
 
 
 def run_check_files(args):
-    return show(check_files(args.golden, args.candidate, **judging(args)), args.html)
+    return show(check_files(args.golden, args.candidate, cases=args.case, **judging(args)), args.html)
 
 
 def judging(args):

@@ -13,13 +13,14 @@ same name with an array per tensor, named `o`, `final_state`, `g`, ..., of its s
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .cases import CATALOGUE, VERSION
+from .cases import CATALOGUE, VERSION, select
 from .compare import MULTIPLE
 from .golden import STAGES, judge, truth
 from .gradients import GRADIENTS, gradient_truth, judge_gradients, names
@@ -63,17 +64,21 @@ def export(directory, cases, dtypes, seed=0, gradients=False, progress=None):
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def check_files(directory, candidates, multiple=MULTIPLE, progress=None, *, products=None, state_dtype=None):
+def check_files(
+    directory, candidates, multiple=MULTIPLE, progress=None, *, cases=None, products=None, state_dtype=None
+):
     """A `Report` on the files that a kernel wrote: every file of the manifest must be there, with `o` and
-    `final_state`; of the other tensors those that it holds are judged. `products` and `state_dtype` are as
-    for `check`."""
+    `final_state`; of the other tensors those that it holds are judged. `cases`, `products` and `state_dtype`
+    are as for `check`."""
     directory, candidates = Path(directory), Path(candidates)
     manifest = json.loads((directory / "manifest.json").read_text())
     found = manifest["versions"]["catalogue"]
     if found != VERSION:
         raise ValueError(f"{directory}/manifest.json: expected catalogue {VERSION}, got {found}")
+    wanted = {case.name for case in select(cases)}
+    files = {name: entry for name, entry in manifest["files"].items() if entry["case"] in wanted}
     rows = []
-    for name, entry in manifest["files"].items():
+    for name, entry in files.items():
         if progress is not None:
             progress(name)
         if _sha256(directory / name) != entry["sha256"]:
@@ -100,15 +105,18 @@ def check_files(directory, candidates, multiple=MULTIPLE, progress=None, *, prod
         made = {key: x.view(jnp.bfloat16) if x.dtype == np.uint16 else x for key, x in made.items()}
         tensors = [tensor for tensor in golden if tensor in made or tensor in required]
         rows += judge_tensors(case, {tensor: made.get(tensor) for tensor in tensors}, known, dtype, multiple)
-    dtypes = ", ".join(dict.fromkeys(entry["dtype"] for entry in manifest["files"].values()))
+    dtypes = ", ".join(dict.fromkeys(entry["dtype"] for entry in files.values()))
     dtypes += str(Tier.of(products, state_dtype, None))
     stages = any(row.tensor not in ("o", "final_state", *GRADIENTS) for row in rows)
     return Report(str(candidates), dtypes, multiple, stages, rows, [])
 
 
 def _load(path, dtypes):
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected an .npz file of arrays, got {error}") from error
     return {key: x.view(jnp.bfloat16) if dtypes.get(key) == "bfloat16" else x for key, x in arrays.items()}
 
 

@@ -17,6 +17,7 @@ def pytest_addoption(parser):
     for size in ("K", "V", "H", "HV", "chunk-size"):
         group.addoption(f"--kda-{size}", type=int, metavar="N", help="of all cases")
     group.addoption("--kda-aligned", action="store_true", help="every sequence in whole chunks, no padding")
+    group.addoption("--kda-no-states", dest="kda_states", action="store_false", help="no states in or out")
     group.addoption(
         "--kda-tensors", metavar="NAMES", help="judge these alone; all that is returned by default"
     )

@@ -47,9 +47,10 @@ def check(
         fn: called as `chunk_kda`, `chunk_kda_fwd` or `chunk_kda_bwd`, with the arrays and options of a case
             by name; only options that the case is about are given. It returns (o, final_state), or the
             fields of `ChunkKDAForward` as a tuple or a dict; all but o and the final state may be missing.
-            NotImplementedError declines a case. With `chunk_kda_bwd`'s convention, which is one that takes do
-            and dht, it is given what our forward saves, and returns FLA's eight gradients, or a dict of them,
-            in which what `GRADIENTS` has between the stages is judged too.
+            NotImplementedError declines a case. What a convention cannot be asked is left out, or declined
+            where nothing else is asked. With `chunk_kda_bwd`'s convention, which is one that takes do and
+            dht, fn is given what our forward saves, and returns FLA's eight gradients, or a dict of them, in
+            which what `GRADIENTS` has between the stages is judged too.
         cases: None for all, a pattern of names as in `select`, a `Case` or several.
         dtype: of q, k, v and o: float64, float32, bfloat16 or float16.
         stages: whether fn has `chunk_kda_fwd`'s convention; None: whether it takes `disable_recompute`,
@@ -64,10 +65,10 @@ def check(
             "TF32_TF32_F32", "BF16_BF16_F32", "BF16_BF16_F32_X3"; see `tiers`. None: they do not.
         state_dtype: bfloat16 or float16 where fn carries its state so; None: as wide as its arithmetic.
         multiple: how many yardsticks a tensor may err by; see `compare`.
-        seed: of the inputs.
+        seed: of the inputs, an integer of at least 0.
         name: the candidate's, in the report; None: its module's and its own.
         progress: called with a line of text before each case.
-        dims: K, V, H, HV, chunk_size, aligned: make the cases in the sizes that fn takes, as `fit` does.
+        dims: K, V, H, HV, chunk_size, aligned, states: make the cases such as fn takes, by `fit`.
 
     Returns:
         A `Report`.
@@ -81,6 +82,8 @@ def check(
         raise TypeError("dtype: expected float64, float32, bfloat16 or float16, got None")
     if arrays not in KINDS:
         raise ValueError(f"arrays: expected one of {', '.join(KINDS)}, got {arrays!r}")
+    checks.integer("seed", seed, "an integer")
+    checks.require(seed >= 0, "seed", "at least 0", seed)
     tier = Tier.of(products, state_dtype, dtype)
     how = Convention.of(fn, stages, gradients)
     if how.gradients and not how.backward and arrays == "numpy":
@@ -88,9 +91,10 @@ def check(
     if tensors is not None and not (tensors and set(tensors) <= set(how.known)):
         raise ValueError(f"tensors: expected some of {', '.join(how.known)}, got {tensors!r}")
     call = caller(fn, how, arrays, adapter)
-    asked = [case for case in select(cases) if how.takes(case) and tier.judges(case)]
-    cases = [fit(case, **dims) for case in asked]
-    rows, declined = [], []
+    selected = select(cases)
+    asked = [case for case in selected if how.takes(case) and tier.judges(case)]
+    cases = [case for case in (fit(case, **dims) for case in asked) if case is not None]
+    rows, declined = [], [] if cases else selected
     for i, case in enumerate(cases):
         if progress is not None:
             progress(f"{case.name} ({i + 1} of {len(cases)})")

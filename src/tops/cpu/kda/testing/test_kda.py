@@ -47,7 +47,7 @@ def report(case, impl, dtype, adapter_name, **options):
 
 
 def report_of(case, options):
-    names = "arrays", "gradients", "products", "state_dtype", *SIZES, "aligned"
+    names = "arrays", "gradients", "products", "state_dtype", *SIZES, "aligned", "states"
     given = {name: getattr(options, f"kda_{name}") for name in names}
     how = options.kda_impl, options.kda_dtype, options.kda_adapter
     return report(case, *how, tensors=tensors(options), **given)

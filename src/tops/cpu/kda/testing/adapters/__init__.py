@@ -93,9 +93,8 @@ WORDS_WITH_VALUES = {
     "activated": activated,
     "states": states,
     "tokens": tokens,
-    "segments": lambda first: segments(int(first)),
-    "padded": lambda chunk_size: padded(int(chunk_size)),
 }
+WORDS_WITH_NUMBERS = {"segments": segments, "padded": padded}
 EXPECTED = ", ".join([*WORDS, "activated=beta", "states=NHVK", "tokens=HBTK", "segments=1", "padded=64"])
 
 
@@ -119,4 +118,6 @@ def _of_word(word, words):
         return WORDS[name]
     if value and name in WORDS_WITH_VALUES:
         return WORDS_WITH_VALUES[name](value)
+    if value.isdigit() and name in WORDS_WITH_NUMBERS:
+        return WORDS_WITH_NUMBERS[name](int(value))
     raise ValueError(f"adapter: expected words of {EXPECTED}, or package.module:function, got {words!r}")
