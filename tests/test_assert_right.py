@@ -79,6 +79,7 @@ def test_gradients(states):
         assert_right(gradients | dict(dbeta=0.5 * gradients["dbeta"]), *tokens, **given)
 
 
+@slow
 def test_what_is_not_read_and_what_is_implied():
     """The state that a result holds needs no flag, and a gate's parameters without the gate are not read."""
     tokens, _ = call("dense")

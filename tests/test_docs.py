@@ -87,6 +87,7 @@ def test_conformance_backward_by_stages():
         np.testing.assert_allclose(names[name], getattr(names["whole"], name), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_conformance_example_runs():
     exec(WALK[2], {})
 

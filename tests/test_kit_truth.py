@@ -31,7 +31,7 @@ def assert_passes(name, seed, kernels):
             assert not wrong, (total, unit, chunk, seed, wrong)
 
 
-@pytest.mark.parametrize("name", ["dense", "packed", "sigmoid"])
+@pytest.mark.parametrize("name", ["dense", "packed", pytest.param("sigmoid", marks=slow)])
 def test_passes_right_kernels(name):
     assert_passes(name, 0, KERNELS[::4])
 
