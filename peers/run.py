@@ -137,7 +137,8 @@ def page(results):
             if bad := flagged(found, kind):
                 text += f"\n## {peer.name}: {kind}\n"
             for case, first in bad.items():
-                text += f"\n- `{first}`\n\n  {reason(peer, kind, case) or 'The cause is not known.'}\n"
+                shown = first.replace("`", "'")
+                text += f"\n- `{shown}`\n\n  {reason(peer, kind, case) or 'The cause is not known.'}\n"
     return text
 
 
