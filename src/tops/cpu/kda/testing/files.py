@@ -116,7 +116,7 @@ def _load(path, dtypes):
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: expected an .npz file of arrays, got {error}") from error
+        raise ValueError(f"{path}: expected an .npz file of arrays, got what NumPy does not read") from error
     return {key: x.view(jnp.bfloat16) if dtypes.get(key) == "bfloat16" else x for key, x in arrays.items()}
 
 
